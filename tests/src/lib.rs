@@ -1,0 +1,1 @@
+//! End-to-end stories; see the `tests/` folder of this package.
