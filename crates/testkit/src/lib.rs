@@ -1,0 +1,39 @@
+//! What the tests, the stories and `cargo xtask` stand on: an HTTP origin with faults, real engines and
+//! registries as throw-away instances, the fixture repositories, and a comparer of file trees.
+//!
+//! For tests only: no shipped binary depends on this crate, and this crate depends on none of the
+//! product's crates, so that a test never judges code by itself.
+//!
+//! Invariants:
+//! * Nothing outlives the process that started it. Children run in their own process group, get a signal
+//!   when this process dies ([`process`]), and directories left by a killed run are unmounted and removed
+//!   by the next one ([`scratch`]).
+//! * Servers listen on 127.0.0.1 only.
+//! * Every wait has a deadline.
+
+pub mod binary;
+pub mod dockerd;
+pub mod fixture;
+pub mod http;
+pub mod image;
+pub mod interrupt;
+pub mod managed_plugin;
+pub mod mounts;
+pub mod origin;
+pub mod packages;
+pub mod process;
+pub mod registry;
+pub mod scratch;
+mod syscall;
+pub mod tar;
+pub mod tree;
+
+pub use binary::{binary, workspace_root};
+pub use dockerd::{Dockerd, DockerdBuilder};
+pub use fixture::Fixture;
+pub use image::Image;
+pub use origin::{Fault, Origin, Request};
+pub use packages::install;
+pub use registry::Registry;
+pub use scratch::ScratchDir;
+pub use tree::{TreeEntry, compare, walk_tree};
