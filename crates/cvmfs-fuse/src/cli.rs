@@ -1,0 +1,397 @@
+//! The command line of `cvmfs-client`, and its mount(8) helper form.
+
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use cvmfs_client::clock::SystemClock;
+use cvmfs_client::config::{ClientSettings, Config, ConfigSources};
+use cvmfs_client::error::ClientError;
+use cvmfs_client::repository::Repository;
+
+use crate::control;
+use crate::launch::{self, MountError, MountRequest};
+use crate::mount_options::MountOptions;
+
+/// Default place of the configuration.
+const CONFIGURATION: &str = "/etc/cvmfs";
+/// A repository must answer in this time or the mount fails.
+const MOUNT_TIMEOUT: Duration = Duration::from_secs(60);
+/// `refresh` and `remount` talk to servers.
+const TALK_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Mounts CernVM-FS repositories and tells how they do.
+#[derive(Debug, Parser)]
+#[command(
+    name = "cvmfs-client",
+    version,
+    after_help = "Examples:\n  \
+        cvmfs-client mount atlas.cern.ch /cvmfs/atlas.cern.ch\n  \
+        cvmfs-client mount example.org /mnt -o config=/etc/my.conf,layer_view\n  \
+        cvmfs-client status\n  \
+        cvmfs-client umount /mnt\n\n\
+        Exit codes: 0 done, 1 failed, 2 wrong usage, 3 trust (signature, whitelist, expiry, name),\n\
+        4 network, 5 not found, 6 out of space."
+)]
+struct Cli {
+    /// Which log lines are written: error, warn, info, debug, trace.
+    #[arg(long, global = true, default_value = "info", value_name = "LEVEL")]
+    log_level: String,
+    /// Form of the log lines.
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
+    log_format: LogFormat,
+    /// Write one JSON document to standard output.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Mount a repository; returns when its root directory answers.
+    Mount(MountArguments),
+    /// Unmount; a mount in use disappears at once and ends with its last user.
+    #[command(visible_alias = "unmount")]
+    Umount {
+        /// Where the repository is mounted.
+        mountpoint: PathBuf,
+    },
+    /// Tell the state of all mounts, or of those of one repository. Never touches a mount.
+    Status {
+        /// Only this repository.
+        fqrn: Option<String>,
+    },
+    /// Send a command to the control socket of a mounted repository.
+    #[command(after_help = "Commands: status json, refresh, remount, revision, mountpoint, pid, version, \
+                            cache size, open catalogs.")]
+    Talk {
+        /// Name of the repository.
+        fqrn: String,
+        /// The command and its words.
+        #[arg(required = true)]
+        command: Vec<String>,
+    },
+    /// Show the effective value and origin of each parameter, and report unknown ones.
+    Config {
+        /// Name of the repository.
+        fqrn: String,
+        /// Mount options that change the configuration (`config=…`, `CVMFS_X=…`).
+        #[arg(short = 'o', value_name = "OPT[,OPT…]")]
+        options: Vec<String>,
+    },
+    /// Check configuration, servers and chain of trust of a repository, without mounting it.
+    Check {
+        /// Name of the repository.
+        fqrn: String,
+        /// Mount options that change the configuration (`config=…`, `CVMFS_X=…`).
+        #[arg(short = 'o', value_name = "OPT[,OPT…]")]
+        options: Vec<String>,
+    },
+}
+
+#[derive(Debug, Args)]
+struct MountArguments {
+    /// Name of the repository.
+    fqrn: String,
+    /// An existing directory.
+    mountpoint: PathBuf,
+    /// Mount options: config=FILE[:FILE…], layer_view, allow_other, cvmfs_suid, CVMFS_X=value,
+    /// and the usual ones of fstab.
+    #[arg(short = 'o', value_name = "OPT[,OPT…]")]
+    options: Vec<String>,
+    /// Stay in the foreground and log to standard error; Ctrl-C unmounts.
+    #[arg(long, short = 'f')]
+    foreground: bool,
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let invoked = std::env::args_os().next().unwrap_or_default();
+    if Path::new(&invoked).file_name().is_some_and(|name| name == "mount.cvmfs") {
+        return mount_helper();
+    }
+    let cli = Cli::parse();
+    let outcome = match &cli.verb {
+        Verb::Mount(arguments) => mount(&cli, arguments),
+        Verb::Umount { mountpoint } => umount(&cli, mountpoint),
+        Verb::Status { fqrn } => status(&cli, fqrn.as_deref()),
+        Verb::Talk { fqrn, command } => talk(fqrn, command),
+        Verb::Config { fqrn, options } => config(&cli, fqrn, options),
+        Verb::Check { fqrn, options } => check(&cli, fqrn, options),
+    };
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("cvmfs-client: {error:#}");
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+/// The code of the command-line contract for an error.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    error.chain().find_map(|cause| {
+        let mount = cause.downcast_ref::<MountError>().map(MountError::exit_code);
+        let client = || cause.downcast_ref::<ClientError>().map(ClientError::exit_code);
+        let usage = || cause.downcast_ref::<Usage>().map(|_| 2);
+        let missing = || cause.downcast_ref::<NotMounted>().map(|_| 5);
+        mount.or_else(client).or_else(usage).or_else(missing)
+    })
+    .unwrap_or(1)
+}
+
+/// Wrong arguments.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Usage(pub(crate) String);
+
+#[derive(Debug, thiserror::Error)]
+#[error("{0} is not mounted; `cvmfs-client status` lists what is")]
+struct NotMounted(String);
+
+fn request_of(cli: &Cli, arguments: &MountArguments) -> anyhow::Result<MountRequest> {
+    let options = MountOptions::parse(&arguments.options)?;
+    let mountpoint = std::path::absolute(&arguments.mountpoint)?;
+    Ok(MountRequest {
+        fqrn: arguments.fqrn.clone(),
+        mountpoint: mountpoint.clone(),
+        sources: options.sources(Path::new(CONFIGURATION)),
+        layer_view: options.layer_view,
+        allow_other: options.allow_other || rustix::process::geteuid().is_root(),
+        suid_and_devices: options.layer_view || options.suid,
+        log_level: cli.log_level.clone(),
+        log_json: cli.log_format == LogFormat::Json,
+        log_file: (!arguments.foreground).then(|| control::log_path(&arguments.fqrn, &mountpoint)),
+    })
+}
+
+fn mount(cli: &Cli, arguments: &MountArguments) -> anyhow::Result<ExitCode> {
+    let request = request_of(cli, arguments)?;
+    let signals = if arguments.foreground {
+        Some(crate::syscall::signal_descriptor().context("cannot receive signals")?)
+    } else {
+        None
+    };
+    let mounted = launch::mount(&request, MOUNT_TIMEOUT)?;
+    if cli.json {
+        println!("{}", serde_json::to_string(&mounted)?);
+    } else if std::io::stdout().is_terminal() {
+        println!("{} is mounted at {}", mounted.fqrn, mounted.mountpoint.display());
+    }
+    let Some(signals) = signals else { return Ok(ExitCode::SUCCESS) };
+    std::io::stdout().flush()?;
+    stay_in_foreground(&mounted, &signals)
+}
+
+/// Waits for Ctrl-C or for the end of the mount.
+fn stay_in_foreground(mounted: &launch::Mounted, signals: &std::os::fd::OwnedFd) -> anyhow::Result<ExitCode> {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let pid = rustix::process::Pid::from_raw(mounted.supervisor_pid.cast_signed()).context("no supervisor")?;
+    let supervisor = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
+    loop {
+        let mut polled = [PollFd::new(&supervisor, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
+        let _ = poll(&mut polled, None);
+        if !polled[0].revents().is_empty() {
+            return Ok(ExitCode::SUCCESS);
+        }
+        if !polled[1].revents().is_empty() {
+            // The supervisor unmounts and ends within its own limit.
+            rustix::process::pidfd_send_signal(&supervisor, rustix::process::Signal::TERM)?;
+            let mut ended = [PollFd::new(&supervisor, PollFlags::IN)];
+            let limit = rustix::event::Timespec { tv_sec: 6, tv_nsec: 0 };
+            let _ = poll(&mut ended, Some(&limit));
+            return Ok(ExitCode::SUCCESS);
+        }
+    }
+}
+
+fn umount(cli: &Cli, mountpoint: &Path) -> anyhow::Result<ExitCode> {
+    launch::unmount(mountpoint)?;
+    if cli.json {
+        println!("{}", serde_json::json!({ "unmounted": mountpoint }));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn status(cli: &Cli, fqrn: Option<&str>) -> anyhow::Result<ExitCode> {
+    let records: Vec<_> =
+        control::records().into_iter().filter(|record| fqrn.is_none_or(|fqrn| record.fqrn == fqrn)).collect();
+    if let Some(fqrn) = fqrn
+        && records.is_empty()
+    {
+        return Err(NotMounted(fqrn.to_owned()).into());
+    }
+    let mut states = Vec::new();
+    let mut code = ExitCode::SUCCESS;
+    for record in &records {
+        match control::status(&record.control) {
+            Ok(state) => states.push(state),
+            Err(error) => {
+                eprintln!(
+                    "cvmfs-client: {} at {}: the client does not answer ({error}); see {}",
+                    record.fqrn,
+                    record.mountpoint.display(),
+                    control::log_path(&record.fqrn, &record.mountpoint).display()
+                );
+                code = ExitCode::FAILURE;
+            }
+        }
+    }
+    if cli.json {
+        match (fqrn, states.as_slice()) {
+            // One repository, one mount: the document of the contract.
+            (Some(_), [state]) => println!("{}", serde_json::to_string(state)?),
+            _ => println!("{}", serde_json::to_string(&states)?),
+        }
+        return Ok(code);
+    }
+    for state in &states {
+        print_status(state);
+    }
+    Ok(code)
+}
+
+fn print_status(state: &control::Status) {
+    println!("{} at {}", state.fqrn, state.mountpoint.display());
+    println!("  revision {}  root {}", state.revision, state.root_hash);
+    println!("  {}  host {}  proxy {}", if state.online { "online" } else { "OFFLINE" }, state.host, state.proxy);
+    println!(
+        "  cache {} of {} MiB  hits {}  misses {}  requests {}  received {} KiB",
+        state.cache_used >> 20,
+        state.cache_limit >> 20,
+        state.cache_hits,
+        state.cache_misses,
+        state.requests,
+        state.bytes_fetched >> 10
+    );
+    println!(
+        "  {}{}  open files {}  catalogs {}  I/O errors {}  worker {} (number {})",
+        if state.passthrough { "passthrough" } else { "reads through the client" },
+        if state.layer_view { ", layer view" } else { "" },
+        state.open_files,
+        state.catalogs,
+        state.io_errors,
+        state.pid,
+        state.workers
+    );
+    for error in &state.errors {
+        println!("  error: {error}");
+    }
+}
+
+fn talk(fqrn: &str, command: &[String]) -> anyhow::Result<ExitCode> {
+    let record = control::records()
+        .into_iter()
+        .find(|record| record.fqrn == fqrn)
+        .ok_or_else(|| NotMounted(fqrn.to_owned()))?;
+    let answer = control::ask(&record.control, &command.join(" "), TALK_TIMEOUT)
+        .with_context(|| format!("{fqrn}: the client does not answer"))?;
+    std::io::stdout().write_all(&answer)?;
+    Ok(if answer.starts_with(b"unknown command") { ExitCode::from(2) } else { ExitCode::SUCCESS })
+}
+
+fn sources_of(options: &[String]) -> anyhow::Result<ConfigSources> {
+    Ok(MountOptions::parse(options)?.sources(Path::new(CONFIGURATION)))
+}
+
+fn config(cli: &Cli, fqrn: &str, options: &[String]) -> anyhow::Result<ExitCode> {
+    let config = Config::load(fqrn, &sources_of(options)?).map_err(ClientError::from)?;
+    if cli.json {
+        let parameters: serde_json::Map<_, _> = config
+            .iter()
+            .map(|(key, setting)| {
+                let value = serde_json::json!({"value": setting.value, "origin": setting.origin.to_string()});
+                (key.to_owned(), value)
+            })
+            .collect();
+        let problems: Vec<String> = config.problems().iter().map(ToString::to_string).collect();
+        println!("{}", serde_json::json!({"fqrn": fqrn, "parameters": parameters, "problems": problems}));
+        return Ok(ExitCode::SUCCESS);
+    }
+    for (key, setting) in config.iter() {
+        println!("{key}={}    # from {}", setting.value, setting.origin);
+    }
+    for problem in config.problems() {
+        eprintln!("cvmfs-client: {problem}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn check(cli: &Cli, fqrn: &str, options: &[String]) -> anyhow::Result<ExitCode> {
+    let config = Config::load(fqrn, &sources_of(options)?).map_err(ClientError::from)?;
+    for problem in config.problems() {
+        eprintln!("cvmfs-client: {problem}");
+    }
+    let settings = ClientSettings::from(&config).map_err(ClientError::from)?;
+    let servers = settings.servers.clone();
+    let repository = Repository::open(settings, Arc::new(SystemClock)).map_err(|error| {
+        anyhow::Error::new(error).context(format!("{fqrn} cannot be mounted (servers: {})", servers.join(", ")))
+    })?;
+    let known = repository.status();
+    if cli.json {
+        println!("{}", serde_json::to_string(&known)?);
+    } else {
+        println!("{fqrn}: revision {}, root catalog {}, chain of trust verified", known.revision, known.root_hash);
+        if let Some(expires) = known.whitelist_expires {
+            let until = time::OffsetDateTime::from_unix_timestamp(expires).map(|time| time.date().to_string());
+            println!("whitelist valid until {}", until.unwrap_or_else(|_| expires.to_string()));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `mount.cvmfs FQRN MOUNTPOINT [-sfnv] [-o OPTIONS]`, as mount(8) calls it.
+/// Exit codes are mount(8)'s: 0, 1 wrong usage or configuration, 32 mount failure.
+fn mount_helper() -> ExitCode {
+    let mut positional = Vec::new();
+    let mut options = Vec::new();
+    let mut dry_run = false;
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "-o" => options.extend(arguments.next()),
+            "-f" => dry_run = true,
+            flag if flag.starts_with("-o") => options.push(flag[2..].to_owned()),
+            flag if flag.starts_with('-') => {}
+            _ => positional.push(argument),
+        }
+    }
+    let [device, mountpoint] = positional.as_slice() else {
+        eprintln!("usage: mount.cvmfs FQRN MOUNTPOINT [-o OPTIONS]");
+        return ExitCode::FAILURE;
+    };
+    // The device may be written as a path; only its last component counts.
+    let fqrn = device.rsplit('/').next().unwrap_or(device).to_owned();
+    let cli = Cli {
+        log_level: "info".into(),
+        log_format: LogFormat::Text,
+        json: false,
+        verb: Verb::Status { fqrn: None },
+    };
+    let arguments =
+        MountArguments { fqrn, mountpoint: PathBuf::from(mountpoint), options, foreground: false };
+    let outcome = request_of(&cli, &arguments).and_then(|request| {
+        if !dry_run {
+            launch::mount(&request, MOUNT_TIMEOUT)?;
+        }
+        Ok(())
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("mount.cvmfs: {error:#}");
+            ExitCode::from(if error.is::<Usage>() { 1 } else { 32 })
+        }
+    }
+}

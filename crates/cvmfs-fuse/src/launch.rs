@@ -1,0 +1,409 @@
+//! Mounting from another process' point of view: start the supervisor, wait for the root
+//! directory to answer, unmount, ask whether a mount lives.
+
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use cvmfs_client::config::ConfigSources;
+use serde::{Deserialize, Serialize};
+
+use crate::control;
+
+/// What to mount, and how. Crosses process boundaries as JSON.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MountRequest {
+    /// Name of the repository.
+    pub fqrn: String,
+    /// An existing directory.
+    pub mountpoint: PathBuf,
+    /// Where the client's configuration comes from.
+    #[serde(with = "sources_as_json")]
+    pub sources: ConfigSources,
+    /// Present whiteout markers as overlayfs understands them (layer view).
+    pub layer_view: bool,
+    /// Let users other than the one who mounts use it.
+    pub allow_other: bool,
+    /// Honour set-uid bits and device nodes. Container layers need both.
+    pub suid_and_devices: bool,
+    /// Filter of the worker's log, e.g. `info`.
+    pub log_level: String,
+    /// Whether log lines are JSON.
+    pub log_json: bool,
+    /// Log file, bounded in size; standard error if none is given.
+    pub log_file: Option<PathBuf>,
+}
+
+/// `ConfigSources` belongs to the client crate, which does not serialise it.
+mod sources_as_json {
+    use std::path::PathBuf;
+
+    use cvmfs_client::config::ConfigSources;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    struct Wire {
+        directory: PathBuf,
+        files: Option<Vec<PathBuf>>,
+        overrides: Vec<(String, String)>,
+    }
+
+    pub(super) fn serialize<S: Serializer>(sources: &ConfigSources, serializer: S) -> Result<S::Ok, S::Error> {
+        Wire {
+            directory: sources.directory.clone(),
+            files: sources.files.clone(),
+            overrides: sources.overrides.clone(),
+        }
+        .serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ConfigSources, D::Error> {
+        let wire = Wire::deserialize(deserializer)?;
+        Ok(ConfigSources { directory: wire.directory, files: wire.files, overrides: wire.overrides })
+    }
+}
+
+/// A mount that works.
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]
+pub struct Mounted {
+    /// Name of the repository.
+    pub fqrn: String,
+    /// Absolute path of the mount.
+    pub mountpoint: PathBuf,
+    /// The process that holds the mount.
+    pub supervisor_pid: u32,
+    /// Control socket of the worker.
+    pub control: PathBuf,
+}
+
+/// Why a mount or unmount failed.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// The mount point is not a directory.
+    #[error("{}: {reason}", mountpoint.display())]
+    Mountpoint {
+        /// The path given.
+        mountpoint: PathBuf,
+        /// What is wrong with it, and the next step.
+        reason: String,
+    },
+    /// The client refused or failed: configuration, network, trust.
+    #[error("{fqrn}: {message}")]
+    Client {
+        /// Name of the repository.
+        fqrn: String,
+        /// The client's message with its causes.
+        message: String,
+        /// Exit code that belongs to it (command-line contract).
+        exit_code: u8,
+    },
+    /// The client did not answer in time.
+    #[error("{fqrn}: no answer within {} seconds", timeout.as_secs())]
+    Timeout {
+        /// Name of the repository.
+        fqrn: String,
+        /// The time it had.
+        timeout: Duration,
+    },
+    /// A system call failed.
+    #[error("{what}")]
+    System {
+        /// What was attempted.
+        what: String,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl MountError {
+    /// Exit code of the command-line contract: 3 trust, 4 network, 5 not found, 6 out of space, else 1.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            MountError::Client { exit_code, .. } => *exit_code,
+            MountError::Timeout { .. } => 4,
+            MountError::Mountpoint { .. } | MountError::System { .. } => 1,
+        }
+    }
+
+    fn system(what: impl Into<String>) -> impl FnOnce(io::Error) -> MountError {
+        let what = what.into();
+        |source| MountError::System { what, source }
+    }
+}
+
+/// What supervisor and worker report to the process that started them, one JSON line.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Report {
+    /// The worker verified the repository and can serve it.
+    Ready,
+    /// The mount answers.
+    Mounted(Mounted),
+    /// Nothing is mounted.
+    Failed {
+        /// Message with causes.
+        message: String,
+        /// Exit code that belongs to it.
+        exit_code: u8,
+    },
+}
+
+impl Report {
+    pub(crate) fn send(&self, mut to: impl Write) -> io::Result<()> {
+        let mut line = serde_json::to_vec(self)?;
+        line.push(b'\n');
+        to.write_all(&line)?;
+        to.flush()
+    }
+}
+
+/// File system type in mountinfo; tools recognise CernVM-FS by it.
+pub(crate) const FILE_SYSTEM_TYPE: &str = "fuse.cvmfs";
+
+/// Where control sockets, mount records and logs lie: below `/run` for root, else in the
+/// user's runtime directory.
+pub fn run_directory() -> PathBuf {
+    if rustix::process::geteuid().is_root() {
+        return PathBuf::from("/run/cvmfs-client");
+    }
+    let base = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
+    base.join("cvmfs-client")
+}
+
+/// Mounts a repository: starts its supervisor and returns when the root directory answers.
+///
+/// The processes go on in the background, in a session of their own. A mount point that
+/// is still occupied by a dead mount of ours is freed first; one that is in use is refused.
+///
+/// # Errors
+/// See [`MountError`]. On an error nothing is mounted.
+pub fn mount(request: &MountRequest, timeout: Duration) -> Result<Mounted, MountError> {
+    let end = Instant::now() + timeout;
+    let mountpoint = check_mountpoint(&request.mountpoint)?;
+    let request = MountRequest { mountpoint: mountpoint.clone(), ..request.clone() };
+    create_run_directory()?;
+    let mut supervisor = start_supervisor(&request)?;
+    let report = supervisor.stdout.take();
+    let input = supervisor.stdin.take();
+    if let Some(mut input) = input {
+        let text = serde_json::to_vec(&request).map_err(|error| MountError::System {
+            what: "cannot encode the mount request".into(),
+            source: error.into(),
+        })?;
+        input.write_all(&text).map_err(MountError::system("cannot reach the supervisor"))?;
+    }
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut line = String::new();
+        if let Some(report) = report {
+            let _ = BufReader::new(report).read_line(&mut line);
+        }
+        let _ = sender.send(line);
+    });
+    let remaining = end.saturating_duration_since(Instant::now());
+    let line = receiver.recv_timeout(remaining);
+    let failed = |message: String, exit_code| MountError::Client { fqrn: request.fqrn.clone(), message, exit_code };
+    let outcome = match line.ok().map(|line| serde_json::from_str::<Report>(&line)) {
+        Some(Ok(Report::Mounted(mounted))) => wait_for_root(&mounted, end).map(|()| mounted),
+        Some(Ok(Report::Failed { message, exit_code })) => Err(failed(message, exit_code)),
+        Some(_) => Err(failed("the client ended without an answer; its log tells why".into(), 1)),
+        None => Err(MountError::Timeout { fqrn: request.fqrn.clone(), timeout }),
+    };
+    if outcome.is_err() {
+        // Its pid is ours until waited for, so the signal cannot hit another process.
+        let _ = rustix::process::kill_process(
+            rustix::process::Pid::from_child(&supervisor),
+            rustix::process::Signal::TERM,
+        );
+    }
+    // Collected by a thread: the supervisor lives as long as the mount.
+    std::thread::spawn(move || {
+        let _ = supervisor.wait();
+    });
+    outcome
+}
+
+fn start_supervisor(request: &MountRequest) -> Result<std::process::Child, MountError> {
+    let errors = match &request.log_file {
+        None => Stdio::inherit(),
+        Some(path) => {
+            let file = File::options().create(true).append(true).mode(0o600).open(path);
+            file.map_err(MountError::system(format!("cannot open the log file {}", path.display())))?.into()
+        }
+    };
+    Command::new("/proc/self/exe")
+        .arg0("cvmfs-supervisor")
+        .arg(crate::SUPERVISOR_ROLE)
+        .arg(&request.fqrn)
+        .arg(&request.mountpoint)
+        .current_dir("/")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(errors)
+        .spawn()
+        .map_err(MountError::system("cannot start the supervisor"))
+}
+
+/// A FUSE root that the kernel cannot ask would hold the caller, so a thread asks.
+fn wait_for_root(mounted: &Mounted, end: Instant) -> Result<(), MountError> {
+    let (sender, receiver) = mpsc::channel();
+    let mountpoint = mounted.mountpoint.clone();
+    std::thread::spawn(move || {
+        let _ = sender.send(fs::metadata(mountpoint));
+    });
+    match receiver.recv_timeout(end.saturating_duration_since(Instant::now())) {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(source)) => {
+            let what = format!("{}: the mounted root does not answer", mounted.mountpoint.display());
+            Err(MountError::System { what, source })
+        }
+        Err(_) => Err(MountError::Timeout { fqrn: mounted.fqrn.clone(), timeout: Duration::ZERO }),
+    }
+}
+
+fn check_mountpoint(given: &Path) -> Result<PathBuf, MountError> {
+    let refuse = |reason: String| MountError::Mountpoint { mountpoint: given.to_owned(), reason };
+    // The parent is resolved, the mount point itself not touched: it may be a dead mount.
+    let absolute = std::path::absolute(given).map_err(|error| refuse(error.to_string()))?;
+    let name = absolute.file_name().ok_or_else(|| refuse("cannot mount over this directory".into()))?;
+    let parent = absolute.parent().unwrap_or(Path::new("/"));
+    let parent = parent
+        .canonicalize()
+        .map_err(|error| refuse(format!("{}: {error}; create the mount point first", parent.display())))?;
+    let mountpoint = parent.join(name);
+    match mounted_type(&mountpoint).map_err(|error| refuse(format!("cannot read mountinfo: {error}")))? {
+        Some(kind) if kind == FILE_SYSTEM_TYPE => {
+            if is_alive(&mountpoint) {
+                return Err(refuse("a repository is mounted here already".into()));
+            }
+            // Ours and dead: the processes are gone, users of it have errors anyway.
+            lazy_unmount(&mountpoint)
+                .map_err(|error| refuse(format!("a dead mount lies here and cannot be removed: {error}")))?;
+        }
+        Some(kind) => return Err(refuse(format!("a {kind} file system is mounted here; choose another directory"))),
+        None => {}
+    }
+    let metadata = fs::metadata(&mountpoint)
+        .map_err(|error| refuse(format!("{error}; create the mount point first")))?;
+    if !metadata.is_dir() {
+        return Err(refuse("not a directory".into()));
+    }
+    Ok(mountpoint)
+}
+
+/// Creates the run directory, private to its owner.
+fn create_run_directory() -> Result<(), MountError> {
+    let directory = run_directory();
+    let what = format!("cannot use the run directory {}", directory.display());
+    match fs::DirBuilder::new().mode(0o700).recursive(true).create(&directory) {
+        Ok(()) => {}
+        Err(source) => return Err(MountError::System { what, source }),
+    }
+    let metadata = fs::metadata(&directory).map_err(MountError::system(what.clone()))?;
+    if metadata.uid() != rustix::process::geteuid().as_raw() {
+        let source = io::Error::new(io::ErrorKind::PermissionDenied, "it belongs to another user");
+        return Err(MountError::System { what, source });
+    }
+    Ok(())
+}
+
+/// Unmounts. A mount that is still in use disappears from the tree at once and ends when
+/// its last user does.
+///
+/// # Errors
+/// If nothing of ours is mounted there or the kernel refuses.
+pub fn unmount(mountpoint: &Path) -> Result<(), MountError> {
+    let refuse = |reason: &str| MountError::Mountpoint { mountpoint: mountpoint.to_owned(), reason: reason.into() };
+    let absolute = std::path::absolute(mountpoint).map_err(|_| refuse("not a path"))?;
+    let parent = absolute.parent().and_then(|parent| parent.canonicalize().ok());
+    let target = match (parent, absolute.file_name()) {
+        (Some(parent), Some(name)) => parent.join(name),
+        _ => absolute,
+    };
+    match mounted_type(&target).map_err(MountError::system("cannot read mountinfo"))? {
+        Some(kind) if kind == FILE_SYSTEM_TYPE => {}
+        Some(_) => return Err(refuse("the file system mounted here is not CernVM-FS")),
+        None => return Err(refuse("nothing is mounted here")),
+    }
+    lazy_unmount(&target).map_err(MountError::system(format!("cannot unmount {}", target.display())))
+}
+
+pub(crate) fn lazy_unmount(mountpoint: &Path) -> io::Result<()> {
+    use rustix::mount::UnmountFlags;
+    rustix::mount::unmount(mountpoint, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?;
+    Ok(())
+}
+
+/// Whether a worker serves this mount point. Asks the control socket, never the mount.
+pub fn is_alive(mountpoint: &Path) -> bool {
+    control::records()
+        .into_iter()
+        .any(|record| record.mountpoint == mountpoint && control::ping(&record.control, Duration::from_secs(2)))
+}
+
+/// Type of the topmost file system mounted exactly at `path`.
+fn mounted_type(path: &Path) -> io::Result<Option<String>> {
+    use std::os::unix::ffi::OsStrExt;
+    let text = fs::read("/proc/self/mountinfo")?;
+    let mut found = None;
+    for line in text.split(|byte| *byte == b'\n') {
+        let mut fields = line.split(|byte| *byte == b' ');
+        let Some(place) = fields.nth(4) else { continue };
+        if unescape(place) == path.as_os_str().as_bytes() {
+            let kind = fields.skip_while(|field| *field != b"-").nth(1).unwrap_or_default();
+            found = Some(String::from_utf8_lossy(kind).into_owned());
+        }
+    }
+    Ok(found)
+}
+
+/// mountinfo writes blanks, tabs, newlines and backslashes as three octal digits.
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut plain = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((first, tail)) = rest.split_first() {
+        let octal = tail.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
+        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) if *first == b'\\' => {
+                plain.push(byte);
+                rest = &tail[3..];
+            }
+            _ => {
+                plain.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    plain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_points_with_blanks_are_found() {
+        assert_eq!(unescape(b"/a\\040b\\134c"), b"/a b\\c");
+        assert_eq!(unescape(b"/plain"), b"/plain");
+        assert_eq!(mounted_type(Path::new("/proc")).unwrap().as_deref(), Some("proc"));
+        assert_eq!(mounted_type(Path::new("/nonexistent/x")).unwrap(), None);
+    }
+
+    #[test]
+    fn another_file_system_is_neither_mounted_over_nor_unmounted() {
+        let error = check_mountpoint(Path::new("/proc")).unwrap_err();
+        assert!(error.to_string().contains("proc file system is mounted here"), "{error}");
+        assert!(unmount(Path::new("/proc")).unwrap_err().to_string().contains("not CernVM-FS"));
+    }
+
+    #[test]
+    fn a_missing_mount_point_is_named() {
+        let error = check_mountpoint(Path::new("/tmp/no/such/place")).unwrap_err();
+        assert!(error.to_string().contains("/tmp/no/such"), "{error}");
+    }
+}

@@ -1,0 +1,197 @@
+//! Node ids that follow from the catalogs.
+//!
+//! A node id is the upper 48 bits of the path's MD5 and 16 bits that tell versions of
+//! the entry apart. So
+//!
+//! * an entry that a new revision leaves alone keeps its id, even if its catalog was
+//!   rewritten; the kernel keeps its page cache and an overlay above stays valid;
+//! * an entry whose content or metadata changed is another node; open files keep theirs;
+//! * a directory keeps its id as long as its path exists;
+//! * a successor of this process finds the entry again by a range query on the path
+//!   hash, without any table of nodes.
+//!
+//! Two entries of one mount whose ids collide (64 bits: a chance of 10⁻⁶ for ten million
+//! entries) are detected as long as the first is remembered, and answered with EIO.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cvmfs_client::snapshot::Located;
+use cvmfs_format::PathHash;
+use cvmfs_format::catalog::{Chunk, Entry};
+
+/// The root directory's node id is fixed by the kernel.
+pub const ROOT: u64 = 1;
+
+/// Remembered nodes per generation, two generations (about 400 bytes each): an upper
+/// bound of some 50 MiB. A forgotten node costs a range query.
+const REMEMBERED: usize = 1 << 16;
+
+/// The node id of an entry; see the module documentation. A chunked file has no hash of its
+/// own, so its chunks are needed to tell its versions apart.
+pub fn node_id(entry: &Entry, chunks: &[Chunk]) -> u64 {
+    if entry.path_hash == PathHash::of(b"") {
+        return ROOT;
+    }
+    let path = entry.path_hash.part1 as u64 & !VERSION_MASK;
+    let id = path | (version(entry, chunks) & VERSION_MASK);
+    // 0 is the kernel's "no node" and 1 the root; both stay inside the range of the path.
+    if id <= ROOT { id ^ 0x8000 } else { id }
+}
+
+const VERSION_MASK: u64 = 0xffff;
+
+/// Bounds of the first path hash half among which the entry of `id` is found.
+pub fn path_hash_range(id: u64) -> (i64, i64) {
+    ((id & !VERSION_MASK) as i64, (id | VERSION_MASK) as i64)
+}
+
+/// Mixes what makes one version of an entry different from another.
+fn version(entry: &Entry, chunks: &[Chunk]) -> u64 {
+    let mut mixed = entry.path_hash.part2 as u64;
+    let mut mix = |value: u64| {
+        // Multiply and rotate: fast, and every input bit reaches the upper half.
+        mixed = (mixed ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+    };
+    mix(1);
+    if !entry.is_directory() {
+        mix(entry.size);
+        mix(u64::from(entry.mode));
+        mix(entry.mtime as u64);
+        mix(u64::from(entry.mtime_ns.unwrap_or(0)));
+        mix(u64::from(entry.uid) << 32 | u64::from(entry.gid));
+        mix(u64::from(entry.flags.0));
+        for hash in entry.hash.iter().chain(chunks.iter().map(|chunk| &chunk.hash)) {
+            for part in hash.digest.chunks(8) {
+                mix(part.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)));
+            }
+        }
+        for part in entry.symlink.chunks(8) {
+            mix(part.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)));
+        }
+    }
+    mixed >> 32
+}
+
+/// An entry as the mount presents it.
+#[derive(Debug)]
+pub struct Node {
+    /// Node id, which is the inode number that users see.
+    pub id: u64,
+    /// Row, path and catalog, after the layer view.
+    pub located: Located,
+    /// The chunks of a chunked file; empty for everything else.
+    pub chunks: Vec<Chunk>,
+}
+
+/// Recently used nodes by id. Bounded; forgetting one is harmless.
+#[derive(Debug, Default)]
+pub struct NodeTable {
+    generations: Mutex<Generations>,
+}
+
+#[derive(Debug, Default)]
+struct Generations {
+    young: HashMap<u64, Arc<Node>>,
+    old: HashMap<u64, Arc<Node>>,
+}
+
+/// Two different entries have the same node id.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Collision;
+
+impl NodeTable {
+    /// The remembered node.
+    pub fn get(&self, id: u64) -> Option<Arc<Node>> {
+        let mut generations = self.generations.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(node) = generations.young.get(&id) {
+            return Some(node.clone());
+        }
+        let node = generations.old.remove(&id)?;
+        generations.keep(node.clone());
+        Some(node)
+    }
+
+    /// Remembers a node.
+    ///
+    /// # Errors
+    /// If another entry with the same id is remembered.
+    pub fn insert(&self, node: Node) -> Result<Arc<Node>, Collision> {
+        let mut generations = self.generations.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = generations.young.get(&node.id).or_else(|| generations.old.get(&node.id));
+        if let Some(known) = known
+            && known.located.entry.path_hash != node.located.entry.path_hash
+        {
+            return Err(Collision);
+        }
+        let node = Arc::new(node);
+        generations.keep(node.clone());
+        Ok(node)
+    }
+
+    /// Forgets everything: the revision changed.
+    pub fn clear(&self) {
+        let mut generations = self.generations.lock().unwrap_or_else(PoisonError::into_inner);
+        *generations = Generations::default();
+    }
+}
+
+impl Generations {
+    fn keep(&mut self, node: Arc<Node>) {
+        if self.young.len() >= REMEMBERED {
+            self.old = std::mem::take(&mut self.young);
+        }
+        self.young.insert(node.id, node);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cvmfs_format::catalog::EntryFlags;
+
+    use super::*;
+
+    fn entry(path: &[u8], mode: u32, mtime: i64) -> Entry {
+        Entry {
+            rowid: 1,
+            path_hash: PathHash::of(path),
+            parent: PathHash::of(b""),
+            link_group: 0,
+            link_count: 1,
+            hash: None,
+            size: 10,
+            mode,
+            mtime,
+            mtime_ns: None,
+            flags: EntryFlags(if mode & 0o170_000 == 0o040_000 { 1 } else { 4 }),
+            name: b"x".to_vec(),
+            symlink: Vec::new(),
+            uid: 0,
+            gid: 0,
+            xattrs: None,
+        }
+    }
+
+    #[test]
+    fn an_unchanged_entry_keeps_its_node_and_a_changed_file_gets_another() {
+        let file = entry(b"/a/x", 0o100_644, 5);
+        assert_eq!(node_id(&file, &[]), node_id(&Entry { rowid: 99, ..file.clone() }, &[]));
+        assert_ne!(node_id(&file, &[]), node_id(&Entry { mtime: 6, ..file.clone() }, &[]));
+        let directory = entry(b"/a/d", 0o040_755, 5);
+        assert_eq!(node_id(&directory, &[]), node_id(&Entry { mtime: 6, size: 1, ..directory.clone() }, &[]));
+    }
+
+    #[test]
+    fn the_range_of_a_node_contains_its_path_hash() {
+        for path in [&b"/foo"[..], b"/foo/bar", b"/.cvmfs", b"/z", b"/q/w/e"] {
+            let found = entry(path, 0o100_644, 0);
+            let (low, high) = path_hash_range(node_id(&found, &[]));
+            assert!((low..=high).contains(&found.path_hash.part1), "{path:?}");
+        }
+    }
+
+    #[test]
+    fn the_root_directory_is_node_one() {
+        assert_eq!(node_id(&entry(b"", 0o040_755, 0), &[]), ROOT);
+    }
+}

@@ -1,0 +1,340 @@
+//! The tree as the mount presents it: nodes, children and listings of a repository,
+//! through the layer view if it is on. Knows no FUSE replies.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cvmfs_client::deadline::Deadline;
+use cvmfs_client::error::ClientError;
+use cvmfs_client::repository::Repository;
+use cvmfs_client::snapshot::{AttachedCatalog, Located, Snapshot, join};
+use cvmfs_format::PathHash;
+use cvmfs_format::catalog::{Entry, EntryKind};
+
+use crate::layer_view::{self, Marker};
+use crate::nodes::{Node, NodeTable, ROOT, node_id, path_hash_range};
+use crate::shared_state::SharedState;
+
+/// Entries of recently read directories that are kept between READDIR requests, all together.
+const MAX_LISTED: usize = 1 << 17;
+
+/// Why a request on the tree fails.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ViewError {
+    /// The repository cannot answer.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// The kernel remembers a node of a revision that is not known any more. It looks up again.
+    #[error("node {0:#x} belongs to no known revision")]
+    Stale(u64),
+    /// Two entries share a node id.
+    #[error("{} and another entry have the same node id", String::from_utf8_lossy(.0))]
+    Collision(Vec<u8>),
+}
+
+impl ViewError {
+    /// The error number for the kernel.
+    pub(crate) fn errno(&self) -> i32 {
+        match self {
+            ViewError::Client(error) => error.errno(),
+            ViewError::Stale(_) => libc::ESTALE,
+            ViewError::Collision(_) => libc::EIO,
+        }
+    }
+}
+
+/// A directory as READDIR delivers it, in a fixed order.
+#[derive(Debug)]
+pub(crate) struct Listing {
+    /// Names and nodes, sorted by name, without `.` and `..`. A node that is a hard link
+    /// group appears under each of its names.
+    pub(crate) entries: Vec<(Box<[u8]>, Arc<Node>)>,
+    /// Node id of the directory above.
+    pub(crate) parent: u64,
+}
+
+/// See the module documentation.
+#[derive(Debug)]
+pub(crate) struct View {
+    repository: Repository,
+    layer_view: bool,
+    nodes: NodeTable,
+    state: Arc<SharedState>,
+    recorded: Mutex<HashSet<(Box<[u8]>, cvmfs_format::ContentHash)>>,
+    listings: Mutex<Vec<(u64, Arc<Listing>)>>,
+    changes: AtomicU64,
+}
+
+impl View {
+    pub(crate) fn new(repository: Repository, layer_view: bool, state: Arc<SharedState>) -> View {
+        View {
+            repository,
+            layer_view,
+            nodes: NodeTable::default(),
+            state,
+            recorded: Mutex::default(),
+            listings: Mutex::default(),
+            changes: AtomicU64::new(0),
+        }
+    }
+
+    pub(crate) fn repository(&self) -> &Repository {
+        &self.repository
+    }
+
+    /// Whether markers are presented as whiteouts.
+    pub(crate) fn is_layer_view(&self) -> bool {
+        self.layer_view
+    }
+
+    /// How often the revision changed since the start of this process.
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::SeqCst)
+    }
+
+    /// Drops what is remembered of an older revision.
+    pub(crate) fn revision_changed(&self) {
+        self.changes.fetch_add(1, Ordering::SeqCst);
+        self.nodes.clear();
+        self.listings.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.state.record_pin(&self.repository.snapshot().pinned());
+    }
+
+    /// Whether `id` is remembered and its children can be read without a fetch.
+    pub(crate) fn is_loaded(&self, id: u64) -> bool {
+        self.nodes.get(id).is_some_and(|node| self.repository.snapshot().is_loaded(&node.located))
+    }
+
+    /// The node if it is remembered: no catalog is read.
+    pub(crate) fn remembered(&self, id: u64) -> Option<Arc<Node>> {
+        self.nodes.get(id)
+    }
+
+    /// The node `id`, remembered or found again in the attached catalogs.
+    pub(crate) fn node(&self, id: u64, deadline: Deadline) -> Result<Arc<Node>, ViewError> {
+        if let Some(node) = self.nodes.get(id) {
+            return Ok(node);
+        }
+        let current = self.repository.snapshot();
+        if id == ROOT {
+            let root = current.root(deadline)?;
+            return self.remember(&current, root, deadline);
+        }
+        if let Some(node) = self.find(&current, id, deadline)? {
+            return Ok(node);
+        }
+        for older in self.repository.older_snapshots() {
+            let Some(node) = self.find(&older, id, deadline)? else { continue };
+            // A directory whose catalog was not attached yet in the current revision.
+            if node.located.entry.is_directory()
+                && let Some(located) = current.resolve(&node.located.path, deadline)?
+                && located.entry.is_directory()
+            {
+                return self.remember(&current, located, deadline);
+            }
+            return Ok(node);
+        }
+        Err(ViewError::Stale(id))
+    }
+
+    fn find(&self, snapshot: &Snapshot, id: u64, deadline: Deadline) -> Result<Option<Arc<Node>>, ViewError> {
+        let (low, high) = path_hash_range(id);
+        for located in snapshot.find_by_path_hash(low, high, deadline)? {
+            let Some(located) = self.present(located) else { continue };
+            let node = build(snapshot, located, deadline)?;
+            if node.id == id {
+                return Ok(Some(self.insert(node)?));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The entry `name` of `directory`.
+    pub(crate) fn child(
+        &self,
+        directory: &Node,
+        name: &[u8],
+        deadline: Deadline,
+    ) -> Result<Option<Arc<Node>>, ViewError> {
+        if self.layer_view && layer_view::marker(name) != Marker::None {
+            return Ok(None);
+        }
+        let snapshot = self.repository.snapshot();
+        let found = match snapshot.child(&directory.located, name, deadline)? {
+            Some(located) => Some(located),
+            None if self.layer_view => snapshot
+                .child(&directory.located, &layer_view::whiteout_of(name), deadline)?
+                .and_then(|marker| self.present(marker)),
+            None => None,
+        };
+        match found {
+            Some(located) => {
+                self.record(&located.catalog);
+                self.remember(&snapshot, located, deadline).map(Some)
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// The entries of `directory`.
+    pub(crate) fn list(&self, directory: &Node, deadline: Deadline) -> Result<Arc<Listing>, ViewError> {
+        let known = self.listings.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, listing)) = known.iter().find(|(id, _)| *id == directory.id) {
+            return Ok(listing.clone());
+        }
+        drop(known);
+        let before = self.changes();
+        let snapshot = self.repository.snapshot();
+        let (catalog, rows) = snapshot.list(&directory.located, deadline)?;
+        self.record(&catalog);
+        let mut entries = Vec::with_capacity(rows.len());
+        for entry in self.present_rows(rows) {
+            let name = Box::from(entry.name.as_slice());
+            let path = join(&directory.located.path, &entry.name).into();
+            let located = Located { path, entry, catalog: catalog.clone() };
+            entries.push((name, self.remember(&snapshot, located, deadline)?));
+        }
+        let parent = if directory.id == ROOT { ROOT } else { self.parent_id(&snapshot, directory, deadline)? };
+        let listing = Arc::new(Listing { entries, parent });
+        let mut known = self.listings.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.changes() == before && listing.entries.len() <= MAX_LISTED {
+            known.insert(0, (directory.id, listing.clone()));
+            let mut room = MAX_LISTED;
+            known.retain(|(_, listing)| {
+                let cost = listing.entries.len().max(MAX_LISTED / 64);
+                let fits = cost <= room;
+                room = room.saturating_sub(cost);
+                fits
+            });
+        }
+        Ok(listing)
+    }
+
+    /// Whether the layer view makes `directory` hide what lies below it.
+    pub(crate) fn is_opaque(&self, directory: &Node, deadline: Deadline) -> Result<bool, ViewError> {
+        if !self.layer_view || !directory.located.entry.is_directory() || directory.id == ROOT {
+            return Ok(false);
+        }
+        let snapshot = self.repository.snapshot();
+        if snapshot.child(&directory.located, layer_view::OPAQUE_MARKER, deadline)?.is_some() {
+            return Ok(true);
+        }
+        // Deleted and made again within one layer: what lay below must not shine through.
+        let path = &directory.located.path;
+        let Some(slash) = path.iter().rposition(|byte| *byte == b'/') else { return Ok(false) };
+        let marker = join(&path[..slash], &layer_view::whiteout_of(&path[slash + 1..]));
+        Ok(match snapshot.resolve(&path[..slash], deadline)? {
+            Some(parent) => {
+                let name = &marker[slash + 1..];
+                snapshot.child(&parent, name, deadline)?.is_some()
+            }
+            None => false,
+        })
+    }
+
+    /// The target of a symbolic link, variables expanded from this process' environment.
+    pub(crate) fn link_target(&self, node: &Node) -> Vec<u8> {
+        cvmfs_client::variant::expand(&node.located.entry.symlink, &|name| {
+            use std::os::unix::ffi::{OsStrExt, OsStringExt};
+            std::env::var_os(std::ffi::OsStr::from_bytes(name)).map(OsStringExt::into_vec)
+        })
+    }
+
+    /// The size that `stat` reports.
+    pub(crate) fn size(&self, node: &Node) -> u64 {
+        match node.located.entry.kind() {
+            EntryKind::Symlink => self.link_target(node).len() as u64,
+            _ => crate::attributes::plain_size(&node.located.entry),
+        }
+    }
+
+    /// Attaches what a predecessor had attached.
+    pub(crate) fn attach_again(&self) {
+        let snapshot = self.repository.snapshot();
+        for (mountpoint, hash, size) in self.state.catalogs() {
+            if !mountpoint.is_empty() {
+                snapshot.attach_again(&mountpoint, hash, size);
+            }
+        }
+    }
+
+    fn parent_id(&self, snapshot: &Snapshot, node: &Node, deadline: Deadline) -> Result<u64, ViewError> {
+        let path = &node.located.path;
+        let above = path.iter().rposition(|byte| *byte == b'/').map_or(&path[..0], |slash| &path[..slash]);
+        if above.is_empty() {
+            return Ok(ROOT);
+        }
+        Ok(snapshot.resolve(above, deadline)?.map_or(ROOT, |parent| node_id(&parent.entry, &[])))
+    }
+
+    /// What the layer view makes of a stored row; `None` if it is not shown.
+    fn present(&self, located: Located) -> Option<Located> {
+        if !self.layer_view {
+            return Some(located);
+        }
+        match layer_view::marker(&located.entry.name) {
+            Marker::None => Some(located),
+            Marker::Hidden => None,
+            Marker::Whiteout(deleted) => {
+                let deleted = deleted.to_vec();
+                Some(Located { entry: layer_view::as_whiteout(located.entry, &deleted), ..located })
+            }
+        }
+    }
+
+    fn present_rows(&self, rows: Vec<Entry>) -> Vec<Entry> {
+        if !self.layer_view || !rows.iter().any(|row| layer_view::marker(&row.name) != Marker::None) {
+            return rows;
+        }
+        let names: HashSet<Vec<u8>> = rows.iter().map(|row| row.name.clone()).collect();
+        let mut shown: Vec<Entry> = rows
+            .into_iter()
+            .filter_map(|row| {
+                let deleted = match layer_view::marker(&row.name) {
+                    Marker::None => return Some(row),
+                    Marker::Hidden => return None,
+                    Marker::Whiteout(deleted) => deleted.to_vec(),
+                };
+                (!names.contains(&deleted)).then(|| layer_view::as_whiteout(row, &deleted))
+            })
+            .collect();
+        shown.sort_by(|one, other| one.name.cmp(&other.name));
+        shown
+    }
+
+    fn remember(
+        &self,
+        snapshot: &Snapshot,
+        located: Located,
+        deadline: Deadline,
+    ) -> Result<Arc<Node>, ViewError> {
+        self.insert(build(snapshot, located, deadline)?)
+    }
+
+    fn insert(&self, node: Node) -> Result<Arc<Node>, ViewError> {
+        let path = node.located.path.clone();
+        self.nodes.insert(node).map_err(|_| ViewError::Collision(path.into()))
+    }
+
+    /// Tells a successor of an attached catalog, once.
+    fn record(&self, catalog: &Arc<AttachedCatalog>) {
+        let key = (Box::from(catalog.mountpoint()), catalog.hash());
+        let mut recorded = self.recorded.lock().unwrap_or_else(PoisonError::into_inner);
+        if recorded.insert(key) {
+            self.state.record_catalog(catalog.mountpoint(), &catalog.hash(), catalog.size());
+        }
+    }
+}
+
+/// Makes the node of a row. All members of a hard link group become the node of its first row.
+fn build(snapshot: &Snapshot, mut located: Located, deadline: Deadline) -> Result<Node, ViewError> {
+    if let Some(leader) = snapshot.link_leader(&located, deadline)? {
+        located.entry = leader;
+    }
+    let chunks =
+        if located.entry.is_chunked() { snapshot.chunks(&located, deadline)? } else { Vec::new() };
+    let id = node_id(&located.entry, &chunks);
+    debug_assert!(id != ROOT || located.entry.path_hash == PathHash::of(b""));
+    Ok(Node { id, located, chunks })
+}
