@@ -1,0 +1,418 @@
+//! Images in registries: reading and pushing.
+
+use std::sync::Arc;
+
+use reqwest::Method;
+use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue};
+use tokio::runtime::Runtime;
+
+use crate::auth::Access;
+use crate::blob::{self, BlobReader};
+use crate::config::{ImageConfig, MAX_CONFIG_BYTES};
+use crate::credentials::Credentials;
+use crate::digest::Digest;
+use crate::endpoint::Endpoint;
+use crate::error::RegistryError;
+use crate::http::{Deadlines, HttpClients, authority};
+use crate::manifest::{Descriptor, ImageManifest, MAX_MANIFEST_BYTES, Manifest};
+use crate::platform::{Platform, choose, offered};
+use crate::reference::Reference;
+use crate::transport::{Body, Call, Transport, network, refusal};
+
+/// An index may lead to another one; deeper nesting serves nobody.
+const MAX_INDEX_DEPTH: u32 = 3;
+/// Threads that move bytes and hash them; the readers' own threads come on top.
+const WORKER_THREADS: usize = 2;
+
+/// How a [`Client`] behaves.
+#[derive(Debug, Clone)]
+pub struct ClientSettings {
+    /// Where credentials are looked up.
+    pub credentials: Credentials,
+    /// How long it waits.
+    pub deadlines: Deadlines,
+    /// How it names itself.
+    pub user_agent: String,
+    /// Another place for all references than the one in their name: a mirror, or
+    /// `--registry URL`.
+    pub endpoint: Option<Endpoint>,
+}
+
+impl Default for ClientSettings {
+    /// The user's credentials, the default deadlines.
+    fn default() -> Self {
+        Self {
+            credentials: Credentials::from_environment(),
+            deadlines: Deadlines::default(),
+            user_agent: format!("docker2cvmfs/{}", env!("CARGO_PKG_VERSION")),
+            endpoint: None,
+        }
+    }
+}
+
+/// A client for any number of registries. Clones share connections and tokens.
+///
+/// All calls block; they must not be made on a thread of an asynchronous runtime.
+#[derive(Debug, Clone)]
+pub struct Client {
+    runtime: Arc<Runtime>,
+    transport: Arc<Transport>,
+    endpoint: Option<Endpoint>,
+}
+
+/// A manifest as it was served.
+#[derive(Debug, Clone)]
+pub struct FetchedManifest {
+    /// Digest of the document.
+    pub digest: Digest,
+    /// Content type of the answer.
+    pub content_type: Option<String>,
+    /// The document, byte for byte.
+    pub bytes: Vec<u8>,
+    /// The document, parsed.
+    pub manifest: Manifest,
+}
+
+/// One image for one platform.
+#[derive(Debug, Clone)]
+pub struct Image {
+    /// Digest of the image's manifest (not of an index that led to it).
+    pub digest: Digest,
+    /// The manifest, byte for byte.
+    pub manifest_bytes: Vec<u8>,
+    /// The manifest.
+    pub manifest: ImageManifest,
+}
+
+/// A way to make a [`Client`]'s waits end early.
+#[derive(Debug, Clone)]
+pub struct Canceller(Arc<Transport>);
+
+impl Canceller {
+    /// Ends all waits of the client with [`RegistryError::Cancelled`], now and later.
+    pub fn cancel(&self) {
+        self.0.cancel();
+    }
+}
+
+impl Client {
+    /// A client.
+    ///
+    /// # Errors
+    /// [`RegistryError::Setup`].
+    pub fn new(settings: ClientSettings) -> Result<Self, RegistryError> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(WORKER_THREADS)
+            .thread_name("registry")
+            .enable_all()
+            .build()
+            .map_err(|error| RegistryError::Setup(error.to_string()))?;
+        let http = HttpClients::new(&settings.deadlines, &settings.user_agent)?;
+        let transport = Transport::new(http, settings.deadlines, settings.credentials);
+        Ok(Self { runtime: Arc::new(runtime), transport: Arc::new(transport), endpoint: settings.endpoint })
+    }
+
+    /// A handle to cancel the work of this client from another thread.
+    pub fn canceller(&self) -> Canceller {
+        Canceller(self.transport.clone())
+    }
+
+    /// The manifest or index behind a reference. With a digest in the reference the
+    /// bytes are verified.
+    ///
+    /// # Errors
+    /// Network, not found, denied, or a document that is no manifest.
+    pub fn manifest(&self, reference: &Reference) -> Result<FetchedManifest, RegistryError> {
+        let object = format!("manifest of {reference}");
+        let url = self.url(reference, &format!("manifests/{}", reference.selector()))?;
+        let host = authority(&url);
+        let mut call = self.call(Method::GET, url, reference, Access::Pull, &object);
+        let accept = HeaderValue::from_str(&Manifest::accept());
+        call.headers.insert(ACCEPT, accept.expect("media types are valid in a header"));
+        let (headers, bytes) = self.runtime.block_on(self.document(&call, MAX_MANIFEST_BYTES))?;
+        let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let served = text("docker-content-digest").and_then(|digest| digest.parse().ok());
+        let found = Digest::sha256_of(&bytes);
+        // The registry's own word is checked too: a proxy may have mixed up documents.
+        for expected in [reference.digest.clone(), served].into_iter().flatten() {
+            let found = digest_like(&expected, &bytes);
+            if found != expected {
+                return Err(RegistryError::WrongDigest { object, host, expected, found });
+            }
+        }
+        let content_type = text("content-type");
+        let manifest = Manifest::parse(content_type.as_deref(), &bytes)
+            .map_err(|cause| RegistryError::Manifest { object: reference.to_string(), cause })?;
+        let digest = reference.digest.clone().unwrap_or(found);
+        Ok(FetchedManifest { digest, content_type, bytes, manifest })
+    }
+
+    /// The image behind a reference for a platform. An index is resolved; an image that
+    /// stands alone is taken whatever it was built for, because only its configuration
+    /// knows.
+    ///
+    /// # Errors
+    /// Those of [`manifest`](Self::manifest), and [`RegistryError::NoPlatform`].
+    pub fn image(&self, reference: &Reference, platform: &Platform) -> Result<Image, RegistryError> {
+        let mut reference = reference.clone();
+        for _ in 0..=MAX_INDEX_DEPTH {
+            let fetched = self.manifest(&reference)?;
+            match fetched.manifest {
+                Manifest::Image(manifest) => {
+                    return Ok(Image { digest: fetched.digest, manifest_bytes: fetched.bytes, manifest });
+                }
+                Manifest::Index(entries) => {
+                    let chosen = choose(&entries, platform).ok_or_else(|| RegistryError::NoPlatform {
+                        object: reference.to_string(),
+                        wanted: platform.to_string(),
+                        offered: offered(&entries),
+                    })?;
+                    reference = reference.at(&chosen.descriptor.digest);
+                }
+            }
+        }
+        let reason = "nests indexes too deeply".to_owned();
+        Err(RegistryError::Configuration { object: reference.to_string(), reason })
+    }
+
+    /// The configuration of an image, verified, byte for byte and parsed.
+    ///
+    /// # Errors
+    /// Network, not found, wrong digest, or a document that is no configuration.
+    pub fn config(
+        &self,
+        reference: &Reference,
+        manifest: &ImageManifest,
+    ) -> Result<(Vec<u8>, ImageConfig), RegistryError> {
+        use std::io::Read as _;
+        let object = format!("configuration of {reference}");
+        if manifest.config.size > MAX_CONFIG_BYTES {
+            let host = self.endpoint(reference)?.host();
+            return Err(RegistryError::TooLarge { object, host, limit: MAX_CONFIG_BYTES });
+        }
+        let mut bytes = Vec::new();
+        self.start(reference, &manifest.config, object.clone())?
+            .read_to_end(&mut bytes)
+            .map_err(|error| failure(&object, error))?;
+        let config = ImageConfig::parse(&bytes)
+            .map_err(|reason| RegistryError::Configuration { object: reference.to_string(), reason })?;
+        if config.diff_ids.len() != manifest.layers.len() {
+            let (layers, ids) = (manifest.layers.len(), config.diff_ids.len());
+            let reason = format!("the manifest lists {layers} layers, the configuration {ids} diff ids");
+            return Err(RegistryError::Configuration { object: reference.to_string(), reason });
+        }
+        Ok((bytes, config))
+    }
+
+    /// Starts the download of a blob. Foreign layers come from the first of their URLs
+    /// that answers, if the registry itself does not have them.
+    ///
+    /// # Errors
+    /// Those of the first request; later ones come out of the reader.
+    pub fn blob(&self, reference: &Reference, blob: &Descriptor) -> Result<BlobReader, RegistryError> {
+        let object = format!("layer {} of {reference}", blob.digest);
+        match self.start(reference, blob, object.clone()) {
+            Err(RegistryError::NotFound { .. }) if blob.is_foreign() => self.foreign(reference, blob, object),
+            result => result,
+        }
+    }
+
+    /// Whether a repository has a blob.
+    ///
+    /// # Errors
+    /// Network, denied.
+    pub fn has_blob(&self, reference: &Reference, digest: &Digest) -> Result<bool, RegistryError> {
+        let object = format!("blob {digest} of {reference}");
+        let url = self.url(reference, &format!("blobs/{digest}"))?;
+        let call = self.call(Method::HEAD, url, reference, Access::PullPush, &object);
+        let response = self.runtime.block_on(self.transport.send(&call))?;
+        match response.status().as_u16() {
+            200 => Ok(true),
+            404 => Ok(false),
+            _ => Err(self.runtime.block_on(refusal(&object, response))),
+        }
+    }
+
+    /// Pushes a blob unless it is there already. Returns whether it was sent.
+    ///
+    /// # Errors
+    /// Network, denied, or a registry that found other content than the digest says.
+    pub fn push_blob(
+        &self,
+        reference: &Reference,
+        digest: &Digest,
+        body: Body,
+    ) -> Result<bool, RegistryError> {
+        if self.has_blob(reference, digest)? {
+            return Ok(false);
+        }
+        let object = format!("upload of {digest} to {reference}");
+        self.runtime.block_on(self.upload(reference, digest, body, &object))?;
+        Ok(true)
+    }
+
+    /// Pushes a manifest under the reference's tag (or digest). Returns its digest.
+    ///
+    /// # Errors
+    /// Network, denied, or a registry that lacks a blob of it.
+    pub fn push_manifest(
+        &self,
+        reference: &Reference,
+        media_type: &str,
+        bytes: Vec<u8>,
+    ) -> Result<Digest, RegistryError> {
+        let object = format!("upload of the manifest of {reference}");
+        let digest = Digest::sha256_of(&bytes);
+        let url = self.url(reference, &format!("manifests/{}", reference.selector()))?;
+        let mut call = self.call(Method::PUT, url, reference, Access::PullPush, &object);
+        let content_type = HeaderValue::from_str(media_type);
+        call.headers.insert(CONTENT_TYPE, content_type.expect("media types are valid in a header"));
+        call.body = Body::Bytes(bytes.into());
+        self.runtime.block_on(async {
+            let response = self.transport.send(&call).await?;
+            if response.status().is_success() { Ok(digest) } else { Err(refusal(&object, response).await) }
+        })
+    }
+
+    fn foreign(
+        &self,
+        reference: &Reference,
+        blob: &Descriptor,
+        object: String,
+    ) -> Result<BlobReader, RegistryError> {
+        let mut last = RegistryError::NotFound {
+            object: object.clone(),
+            host: self.endpoint(reference)?.host(),
+            detail: " (a foreign layer without a working URL)".to_owned(),
+        };
+        for text in &blob.urls {
+            let url = reqwest::Url::parse(text).ok().filter(|u| matches!(u.scheme(), "http" | "https"));
+            let Some(url) = url.filter(|url| url.host_str().is_some()) else { continue };
+            // Another registry in the reference's place keeps our credentials away from it.
+            let elsewhere = Reference { registry: authority(&url), ..reference.clone() };
+            let part =
+                blob::Blob { reference: elsewhere, url, descriptor: blob.clone(), object: object.clone() };
+            match blob::start(&self.runtime, &self.transport, part) {
+                Ok(reader) => return Ok(reader),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    fn start(
+        &self,
+        reference: &Reference,
+        blob: &Descriptor,
+        object: String,
+    ) -> Result<BlobReader, RegistryError> {
+        let url = self.url(reference, &format!("blobs/{}", blob.digest))?;
+        let part = blob::Blob { reference: reference.clone(), url, descriptor: blob.clone(), object };
+        blob::start(&self.runtime, &self.transport, part)
+    }
+
+    /// A small document in whole.
+    async fn document(&self, call: &Call<'_>, limit: u64) -> Result<(HeaderMap, Vec<u8>), RegistryError> {
+        let mut response = self.transport.send(call).await?;
+        if !response.status().is_success() {
+            return Err(refusal(call.object, response).await);
+        }
+        let host = authority(response.url());
+        let mut bytes = Vec::new();
+        let idle = self.transport.deadlines.idle;
+        loop {
+            let chunk = tokio::select! {
+                chunk = tokio::time::timeout(idle, response.chunk()) => chunk,
+                () = self.transport.cancellation() => return Err(RegistryError::Cancelled),
+            };
+            match chunk {
+                Ok(Ok(Some(chunk))) => bytes.extend_from_slice(&chunk),
+                Ok(Ok(None)) => return Ok((response.headers().clone(), bytes)),
+                Ok(Err(error)) => return Err(network(call.object, response.url(), &error)),
+                Err(_) => {
+                    return Err(RegistryError::Timeout {
+                        object: call.object.to_owned(),
+                        host,
+                        waited: idle,
+                    });
+                }
+            }
+            if bytes.len() as u64 > limit {
+                return Err(RegistryError::TooLarge { object: call.object.to_owned(), host, limit });
+            }
+        }
+    }
+
+    /// Opens an upload session and sends all bytes in one request.
+    async fn upload(
+        &self,
+        reference: &Reference,
+        digest: &Digest,
+        body: Body,
+        object: &str,
+    ) -> Result<(), RegistryError> {
+        let url = self.url(reference, "blobs/uploads/")?;
+        let open = self.call(Method::POST, url.clone(), reference, Access::PullPush, object);
+        let response = self.transport.send(&open).await?;
+        if response.status().as_u16() != 202 {
+            return Err(refusal(object, response).await);
+        }
+        let location =
+            response.headers().get(reqwest::header::LOCATION).and_then(|value| value.to_str().ok());
+        let Some(mut target) = location.and_then(|text| url.join(text).ok()) else {
+            let (object, host) = (object.to_owned(), authority(&url));
+            let reason = "opens an upload without saying where".to_owned();
+            return Err(RegistryError::Misdirected { object, host, reason });
+        };
+        target.query_pairs_mut().append_pair("digest", &digest.to_string());
+        let mut call = self.call(Method::PUT, target, reference, Access::PullPush, object);
+        call.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+        call.deadline += self.transport.deadlines.transfer(body.length());
+        call.body = body;
+        let response = self.transport.send(&call).await?;
+        if response.status().is_success() { Ok(()) } else { Err(refusal(object, response).await) }
+    }
+
+    fn call<'a>(
+        &self,
+        method: Method,
+        url: reqwest::Url,
+        reference: &'a Reference,
+        access: Access,
+        object: &'a str,
+    ) -> Call<'a> {
+        let deadline = self.transport.deadlines.document;
+        Call {
+            method,
+            url,
+            reference,
+            access,
+            headers: HeaderMap::new(),
+            body: Body::Empty,
+            object,
+            deadline,
+        }
+    }
+
+    fn url(&self, reference: &Reference, rest: &str) -> Result<reqwest::Url, RegistryError> {
+        Ok(self.endpoint(reference)?.url(reference, rest))
+    }
+
+    fn endpoint(&self, reference: &Reference) -> Result<Endpoint, RegistryError> {
+        self.endpoint.clone().map_or_else(|| Endpoint::of(reference), Ok)
+    }
+}
+
+fn digest_like(expected: &Digest, bytes: &[u8]) -> Digest {
+    let mut digester = crate::digest::Digester::like(expected);
+    digester.update(bytes);
+    digester.finish()
+}
+
+/// The registry's error behind an error of reading a blob.
+fn failure(object: &str, error: std::io::Error) -> RegistryError {
+    match error.downcast::<RegistryError>() {
+        Ok(error) => error,
+        Err(cause) => RegistryError::Local { object: object.to_owned(), cause },
+    }
+}

@@ -1,0 +1,158 @@
+//! The HTTP clients: TLS roots, proxies, deadlines.
+//!
+//! Registries are reached through the proxies of the environment (`HTTPS_PROXY`,
+//! `HTTP_PROXY`, `NO_PROXY`), loopback addresses never. A proxy belongs to a client, so
+//! there are two. Redirects are followed by hand (`transport`), because the choice of
+//! client and the removal of credentials depend on the target.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use reqwest::redirect::Policy;
+use reqwest::{Client, ClientBuilder, Url};
+
+use crate::error::RegistryError;
+use crate::reference::is_loopback_host;
+
+/// How long each kind of wait may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Deadlines {
+    /// Until a connection stands, TLS included.
+    pub connect: Duration,
+    /// Between two pieces of an answer, and until its first.
+    pub idle: Duration,
+    /// For one small document with all its retries and token requests.
+    pub document: Duration,
+    /// Waiting for a blob in all, on top of one second per [`SLOWEST_BYTES_PER_SECOND`].
+    pub blob: Duration,
+}
+
+/// A transfer slower than this on average is given up.
+pub const SLOWEST_BYTES_PER_SECOND: u64 = 16 << 10;
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(10),
+            idle: Duration::from_secs(20),
+            // A user in front of a dead registry gets an answer within half a minute.
+            document: Duration::from_secs(28),
+            blob: Duration::from_secs(300),
+        }
+    }
+}
+
+impl Deadlines {
+    /// The longest wait for a transfer of `bytes`.
+    pub(crate) fn transfer(&self, bytes: u64) -> Duration {
+        self.blob + Duration::from_secs(bytes / SLOWEST_BYTES_PER_SECOND)
+    }
+}
+
+/// The clients for both kinds of targets.
+#[derive(Debug)]
+pub(crate) struct HttpClients {
+    direct: Client,
+    proxied: Client,
+}
+
+impl HttpClients {
+    pub(crate) fn new(deadlines: &Deadlines, user_agent: &str) -> Result<Self, RegistryError> {
+        let tls = tls_configuration()?;
+        let builder = || {
+            Client::builder()
+                .tls_backend_preconfigured(tls.clone())
+                .redirect(Policy::none())
+                .retry(reqwest::retry::never())
+                .connect_timeout(deadlines.connect)
+                .tcp_nodelay(true)
+                .user_agent(user_agent)
+        };
+        let built = |builder: ClientBuilder| builder.build().map_err(|e| RegistryError::Setup(causes(&e)));
+        // Minimal root file systems have no hosts file.
+        let localhost = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        Ok(Self {
+            direct: built(builder().no_proxy().resolve("localhost", localhost))?,
+            proxied: built(builder())?,
+        })
+    }
+
+    /// The client for a target.
+    pub(crate) fn to(&self, url: &Url) -> &Client {
+        if url.host_str().is_some_and(is_loopback_host) { &self.direct } else { &self.proxied }
+    }
+}
+
+/// TLS with the provider named explicitly: a default one may be missing, or another
+/// crate of the program may have installed its own. Roots are those of the system
+/// (`SSL_CERT_FILE` and `SSL_CERT_DIR` are honoured) and the public ones.
+fn tls_configuration() -> Result<rustls::ClientConfig, RegistryError> {
+    let mut roots = rustls::RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
+    let native = rustls_native_certs::load_native_certs();
+    for error in &native.errors {
+        tracing::debug!(%error, "a system certificate file cannot be used");
+    }
+    let (_, ignored) = roots.add_parsable_certificates(native.certs);
+    if ignored > 0 {
+        tracing::debug!(ignored, "system certificates that cannot be parsed");
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| RegistryError::Setup(error.to_string()))?;
+    Ok(builder.with_root_certificates(roots).with_no_client_auth())
+}
+
+/// `host[:port]` of an URL, for messages. Never the path or query of a redirect target:
+/// they hold signatures.
+pub(crate) fn authority(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
+}
+
+/// Whether credentials for one URL may be sent to the other.
+pub(crate) fn same_origin(one: &Url, other: &Url) -> bool {
+    one.scheme() == other.scheme()
+        && one.host_str() == other.host_str()
+        && one.port_or_known_default() == other.port_or_known_default()
+}
+
+/// All causes of an error in one line, without the URL.
+pub(crate) fn causes(error: &reqwest::Error) -> String {
+    use std::error::Error as _;
+    let mut text = String::new();
+    let mut cause = error.source();
+    while let Some(current) = cause {
+        let part = current.to_string();
+        // Wrappers of hyper repeat the text of what they wrap.
+        if !text.ends_with(&part) {
+            if !text.is_empty() {
+                text.push_str(": ");
+            }
+            text.push_str(&part);
+        }
+        cause = current.source();
+    }
+    if text.is_empty() { "connection failed".to_owned() } else { text }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn credentials_stay_with_scheme_host_and_port() {
+        let url = |text: &str| Url::parse(text).unwrap();
+        assert!(same_origin(&url("https://a.b/x"), &url("https://a.b:443/y")));
+        for other in ["http://a.b/x", "https://a.b:444/x", "https://c.a.b/x"] {
+            assert!(!same_origin(&url("https://a.b/x"), &url(other)), "{other}");
+        }
+    }
+
+    #[test]
+    fn messages_show_host_and_port_only() {
+        let url = Url::parse("https://u:p@s3.example.org:9000/b?X-Amz-Signature=1").unwrap();
+        assert_eq!(authority(&url), "s3.example.org:9000");
+    }
+}

@@ -1,0 +1,49 @@
+//! Container registries: references, authentication, manifests, blobs, layer streams.
+//!
+//! [`Client`] reads images from and pushes them to any registry that speaks the OCI
+//! distribution API (Docker registry HTTP API, version 2). [`LayerStream`] turns a
+//! layer's blob into the tar archive that it holds.
+//!
+//! Invariants:
+//!
+//! * Bytes are right or an error: manifests asked for by digest, configurations, blobs
+//!   and uncompressed layers are verified before their end is reported.
+//! * Every wait has a deadline, every document a size limit, every retry an end.
+//! * Credentials go to the registry that they are for and to the token service it names,
+//!   over TLS unless the user asked for plain HTTP or the host is this machine; never to
+//!   the target of a redirect, a log, or an error message.
+//! * Calls block; the one asynchronous runtime is inside.
+
+mod auth;
+mod blob;
+mod challenge;
+mod client;
+mod config;
+mod credentials;
+mod digest;
+mod endpoint;
+mod error;
+mod http;
+mod layer;
+mod manifest;
+mod platform;
+mod reference;
+mod secret;
+mod transport;
+
+pub use blob::BlobReader;
+pub use client::{Canceller, Client, ClientSettings, FetchedManifest, Image};
+pub use config::{ImageConfig, MAX_CONFIG_BYTES};
+pub use credentials::{Credential, Credentials, CredentialsError};
+pub use digest::{Digest, Digester, InvalidDigest};
+pub use endpoint::Endpoint;
+pub use error::{ErrorKind, RegistryError};
+pub use http::{Deadlines, SLOWEST_BYTES_PER_SECOND};
+pub use layer::{LayerError, LayerStream, MAX_LAYER_BYTES};
+pub use manifest::{
+    Descriptor, ImageManifest, IndexEntry, MAX_MANIFEST_BYTES, Manifest, ManifestError, media_type,
+};
+pub use platform::{InvalidPlatform, Platform, choose};
+pub use reference::{ImageSource, Reference, ReferenceError, Transport as ReferenceTransport};
+pub use secret::Secret;
+pub use transport::Body;
