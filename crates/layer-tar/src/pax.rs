@@ -1,8 +1,11 @@
 //! PAX records: `LENGTH KEY=VALUE\n`, read by length because values are binary.
 
+/// Key and value.
+pub(crate) type Record<'a> = (&'a [u8], &'a [u8]);
+
 /// Splits the data of an extended header into records. Any byte that is not part of a record is an error:
 /// the parser underneath would silently stop there and lose what follows.
-pub(crate) fn records(mut data: &[u8]) -> Result<Vec<(&[u8], &[u8])>, &'static str> {
+pub(crate) fn records(mut data: &[u8]) -> Result<Vec<Record<'_>>, &'static str> {
     let mut records = Vec::new();
     while !data.is_empty() {
         let (record, rest) = first_record(data).ok_or("has a malformed record")?;
@@ -11,8 +14,6 @@ pub(crate) fn records(mut data: &[u8]) -> Result<Vec<(&[u8], &[u8])>, &'static s
     }
     Ok(records)
 }
-
-type Record<'a> = (&'a [u8], &'a [u8]);
 
 fn first_record(data: &[u8]) -> Option<(Record<'_>, &[u8])> {
     // Seven digits count to ten million, ten times the largest extended header that is admitted.
@@ -107,9 +108,9 @@ mod tests {
 
     #[test]
     fn anything_between_records_is_an_error() {
+        assert!(records(b"6 a=b\n").is_ok());
         for bad in [
             &b"x"[..],
-            b"6 a=b\n",
             b"7 a=b\n",
             b"5 a=b\n",
             b"0 a=b\n",
@@ -119,11 +120,7 @@ mod tests {
             b"5 ab\n",
             b" a=b\n",
         ] {
-            if bad == b"6 a=b\n" {
-                assert!(records(bad).is_ok());
-            } else {
-                assert!(records(bad).is_err(), "{}", bad.escape_ascii());
-            }
+            assert!(records(bad).is_err(), "{}", bad.escape_ascii());
         }
     }
 

@@ -300,7 +300,7 @@ impl Defaults {
                 b"uid" => self.uid = interpret::pax_id(value).map_err(|problem| bad("uid", problem))?,
                 b"gid" => self.gid = interpret::pax_id(value).map_err(|problem| bad("gid", problem))?,
                 b"mtime" => {
-                    self.mtime = interpret::pax_mtime(value).map_err(|problem| bad("mtime", problem))?
+                    self.mtime = interpret::pax_mtime(value).map_err(|problem| bad("mtime", problem))?;
                 }
                 b"path" | b"linkpath" | b"size" => {
                     return Err(TarError::Global { offset, key: crate::error::shown(key) });

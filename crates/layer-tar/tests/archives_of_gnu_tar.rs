@@ -1,8 +1,9 @@
 //! What GNU tar writes, in all its dialects, is read as it was on disk.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 
-use common::{Read1, drain, find, is_root, read_all, sh};
+use common::{Found, drain, find, is_root, read_all, sh};
 use layer_tar::{EndOfArchive, EntryKind, LayerPath, LayerReader, Limits, TarError};
 use std::path::Path;
 use tempfile::TempDir;
@@ -190,7 +191,7 @@ fn owners_that_linux_does_not_have_are_refused() {
             let archive = sh(directory.path(), &format!("/usr/bin/python3 -c \"{script}\""));
             match read_all(&archive) {
                 Err(error @ TarError::Field { field: "uid", .. }) => {
-                    assert!(error.to_string().contains("'f'"))
+                    assert!(error.to_string().contains("'f'"));
                 }
                 other => panic!("{dialect} {owner}: {other:?}"),
             }
@@ -283,7 +284,7 @@ fn every_cut_of_an_archive_is_an_error() {
         }
     }
     // Without the final blocks an archive whose completeness is known otherwise may end between entries.
-    let optional = |bytes: &[u8]| -> Result<Vec<Read1>, TarError> {
+    let optional = |bytes: &[u8]| -> Result<Vec<Found>, TarError> {
         drain(LayerReader::new(bytes, Limits::default()).end_of_archive(EndOfArchive::Optional))
     };
     assert_eq!(optional(&archive[..archive.len() - 1024]).unwrap(), whole);

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Read1 {
+pub struct Found {
     pub path: Vec<u8>,
     pub kind: EntryKind,
     pub mode: u32,
@@ -19,18 +19,18 @@ pub struct Read1 {
     pub ranges: Vec<DataRange>,
 }
 
-pub fn read_all(archive: &[u8]) -> Result<Vec<Read1>, TarError> {
+pub fn read_all(archive: &[u8]) -> Result<Vec<Found>, TarError> {
     drain(LayerReader::new(archive, Limits::default()))
 }
 
-pub fn drain<R: Read>(mut reader: LayerReader<R>) -> Result<Vec<Read1>, TarError> {
+pub fn drain<R: Read>(mut reader: LayerReader<R>) -> Result<Vec<Found>, TarError> {
     let mut entries = Vec::new();
     while let Some(mut entry) = reader.next_entry()? {
         let mut content = Vec::new();
         if let Err(error) = entry.read_to_end(&mut content) {
             return Err(error.downcast::<TarError>().expect("content errors are archive errors"));
         }
-        entries.push(Read1 {
+        entries.push(Found {
             path: entry.path.as_bytes().to_vec(),
             kind: entry.kind.clone(),
             mode: entry.mode,
@@ -45,14 +45,14 @@ pub fn drain<R: Read>(mut reader: LayerReader<R>) -> Result<Vec<Read1>, TarError
     Ok(entries)
 }
 
-pub fn find<'a>(entries: &'a [Read1], path: &[u8]) -> &'a Read1 {
+pub fn find<'a>(entries: &'a [Found], path: &[u8]) -> &'a Found {
     entries
         .iter()
         .find(|entry| entry.path == path)
         .unwrap_or_else(|| panic!("no entry '{}' in {:?}", path.escape_ascii(), names(entries)))
 }
 
-pub fn names(entries: &[Read1]) -> Vec<String> {
+pub fn names(entries: &[Found]) -> Vec<String> {
     entries.iter().map(|entry| entry.path.escape_ascii().to_string()).collect()
 }
 
