@@ -79,6 +79,17 @@ pub fn remove(path: &Path) {
     }
 }
 
+/// Removes a file or a tree that may not exist; an error if something is mounted in it.
+pub fn remove_any(path: &Path) -> Result<()> {
+    anyhow::ensure!(mounts::below(path).is_empty(), "something is mounted below {}", path.display());
+    let removed = match std::fs::symlink_metadata(path) {
+        Ok(meta) if meta.is_dir() => std::fs::remove_dir_all(path),
+        Ok(_) => std::fs::remove_file(path),
+        Err(_) => Ok(()),
+    };
+    removed.with_context(|| format!("cannot remove {}", path.display()))
+}
+
 /// Ends every process that belongs to an engine below `directory`: the engine's programs whose command line
 /// names it, and all whose root file system lies in it (a managed plugin, a container).
 pub fn end_processes(directory: &Path) {

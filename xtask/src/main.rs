@@ -1,0 +1,64 @@
+//! Workspace tasks: everything that a developer or a CI job does with this repository, as one program that
+//! needs no shell. `cargo xtask --help` lists them.
+
+mod bench;
+mod build;
+mod demo;
+mod dist;
+mod plugin;
+mod test;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version, about = "Tasks of this workspace")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Publish an image, start it as a thin image on a real engine, compare with the normal image
+    Demo(demo::Options),
+    /// Run all tests, engines included
+    Test {
+        /// Leave out the tests that need root
+        #[arg(long)]
+        quick: bool,
+    },
+    /// Build the managed plugin: config.json, rootfs and the tarball
+    Plugin {
+        /// Where to put them
+        #[arg(long, default_value = "target/plugin")]
+        output: PathBuf,
+    },
+    /// Measure, as ratios to the same work without CernVM-FS
+    Bench(bench::Options),
+    /// Build the static binaries, the plugin tarball and their checksums
+    Dist {
+        /// Where to put them
+        #[arg(long, default_value = "target/dist")]
+        output: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().task {
+        Task::Demo(options) => demo::run(&options),
+        Task::Test { quick } => test::run(quick),
+        Task::Plugin { output } => plugin::run(&output),
+        Task::Bench(options) => bench::run(&options),
+        Task::Dist { output } => dist::run(&output),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
