@@ -1,0 +1,250 @@
+//! The parameters of CernVM-FS and what this client makes of each (client behaviour §2).
+//!
+//! A site's files are full of parameters; one that is silently without effect costs its administrator a night. So
+//! each known name is in this table: honoured, without effect by design, or not supported yet, and a `CVMFS_` name
+//! that is not here is reported as unknown.
+
+/// What the client makes of a parameter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Support {
+    /// Has the effect that the specification describes.
+    Honoured,
+    /// Needs no effect here, for the reason given.
+    WithoutEffect(&'static str),
+    /// Not supported yet.
+    NotSupported,
+}
+
+use Support::{Honoured, NotSupported, WithoutEffect};
+
+const THREADS: Support = WithoutEffect("threads are sized by the client itself");
+const NO_LOADER: Support = WithoutEffect("there is no separate loader process");
+const BOUNDED: Support = WithoutEffect("memory and descriptors are bounded by the client itself");
+
+/// Every parameter of the specification, sorted by name.
+#[rustfmt::skip]
+const PARAMETERS: &[(&str, Support)] = &[
+    ("CVMFS_ALIEN_CACHE", NotSupported),
+    ("CVMFS_ALT_ROOT_PATH", NotSupported),
+    ("CVMFS_AUTHZ_HELPER", NotSupported),
+    ("CVMFS_AUTHZ_SEARCH_PATH", NotSupported),
+    ("CVMFS_AUTO_UPDATE", Honoured),
+    ("CVMFS_BACKOFF_INIT", Honoured),
+    ("CVMFS_BACKOFF_MAX", Honoured),
+    ("CVMFS_BLACKLIST", Honoured),
+    ("CVMFS_CACHE_ALIEN", NotSupported),
+    ("CVMFS_CACHE_BASE", Honoured),
+    ("CVMFS_CACHE_DIR", Honoured),
+    ("CVMFS_CACHE_PRIMARY", NotSupported),
+    ("CVMFS_CACHE_QUOTA_LIMIT", Honoured),
+    ("CVMFS_CACHE_REFCOUNT", WithoutEffect("opens of one object share its file by FUSE passthrough")),
+    ("CVMFS_CACHE_SERVER_MODE", NotSupported),
+    ("CVMFS_CACHE_SHARED", Honoured),
+    ("CVMFS_CACHE_SYMLINKS", Honoured),
+    ("CVMFS_CACHE_WORKSPACE", NotSupported),
+    ("CVMFS_CATALOG_WATERMARK", BOUNDED),
+    ("CVMFS_CHECK_PERMISSIONS", Honoured),
+    ("CVMFS_CLAIM_OWNERSHIP", Honoured),
+    ("CVMFS_CLIENT_PROFILE", Honoured),
+    ("CVMFS_CONFIG_REPOSITORY", Honoured),
+    ("CVMFS_CONFIG_REPO_REQUIRED", Honoured),
+    ("CVMFS_CPU_AFFINITY", NotSupported),
+    ("CVMFS_DEBUGLOG", NotSupported),
+    ("CVMFS_DEFAULT_DOMAIN", Honoured),
+    ("CVMFS_DNS_MAX_TTL", NotSupported),
+    ("CVMFS_DNS_MIN_TTL", NotSupported),
+    ("CVMFS_DNS_RETRIES", NotSupported),
+    ("CVMFS_DNS_ROAMING", NotSupported),
+    ("CVMFS_DNS_SERVER", NotSupported),
+    ("CVMFS_DNS_TIMEOUT", NotSupported),
+    ("CVMFS_ENFORCE_ACLS", NotSupported),
+    ("CVMFS_EXTERNAL_FALLBACK_PROXY", NotSupported),
+    ("CVMFS_EXTERNAL_HTTP_PROXY", NotSupported),
+    ("CVMFS_EXTERNAL_MAX_SERVERS", NotSupported),
+    ("CVMFS_EXTERNAL_TIMEOUT", NotSupported),
+    ("CVMFS_EXTERNAL_TIMEOUT_DIRECT", NotSupported),
+    ("CVMFS_EXTERNAL_URL", NotSupported),
+    ("CVMFS_FAILOVER_INDEFINITELY", WithoutEffect("every request has a deadline, and the next one tries again")),
+    ("CVMFS_FALLBACK_PROXY", Honoured),
+    ("CVMFS_FOLLOW_REDIRECTS", Honoured),
+    ("CVMFS_FQRN", Honoured),
+    ("CVMFS_FUSE3_IDLE_THREADS", THREADS),
+    ("CVMFS_FUSE3_MAX_THREADS", THREADS),
+    ("CVMFS_FUSE_NOTIFY_INVALIDATION", WithoutEffect("kernel caches are always invalidated actively")),
+    ("CVMFS_GID_MAP", NotSupported),
+    ("CVMFS_HIDE_MAGIC_XATTRS", NotSupported),
+    ("CVMFS_HOST_RESET_AFTER", Honoured),
+    ("CVMFS_HTTP_PROXY", Honoured),
+    ("CVMFS_HTTP_TRACING", NotSupported),
+    ("CVMFS_HTTP_TRACING_HEADERS", NotSupported),
+    ("CVMFS_INFLUX_EXTRA_FIELDS", NotSupported),
+    ("CVMFS_INFLUX_EXTRA_TAGS", NotSupported),
+    ("CVMFS_INFLUX_HOST", NotSupported),
+    ("CVMFS_INFLUX_METRIC_NAME", NotSupported),
+    ("CVMFS_INFLUX_PORT", NotSupported),
+    ("CVMFS_INITIAL_GENERATION", NotSupported),
+    ("CVMFS_INSTRUMENT_FUSE", NotSupported),
+    ("CVMFS_IPFAMILY_PREFER", NotSupported),
+    ("CVMFS_IPV4_ONLY", NotSupported),
+    ("CVMFS_KCACHE_TIMEOUT", Honoured),
+    ("CVMFS_KEYS_DIR", Honoured),
+    ("CVMFS_LOW_SPEED_LIMIT", Honoured),
+    ("CVMFS_MAGIC_XATTRS_VISIBILITY", NotSupported),
+    ("CVMFS_MAX_IPADDR_PER_PROXY", NotSupported),
+    ("CVMFS_MAX_RETRIES", Honoured),
+    ("CVMFS_MAX_SERVERS", Honoured),
+    ("CVMFS_MAX_TTL", Honoured),
+    ("CVMFS_MEMCACHE_SIZE", BOUNDED),
+    ("CVMFS_MOUNT_DIR", Honoured),
+    ("CVMFS_MOUNT_RW", NotSupported),
+    ("CVMFS_NFILES", BOUNDED),
+    ("CVMFS_NFS_INTERLEAVED_INODES", NotSupported),
+    ("CVMFS_NFS_SHARED", NotSupported),
+    ("CVMFS_NFS_SOURCE", NotSupported),
+    ("CVMFS_NOTIFICATION_SERVER", NotSupported),
+    ("CVMFS_OOM_SCORE_ADJ", NotSupported),
+    ("CVMFS_PAC_URLS", NotSupported),
+    ("CVMFS_PROXY_RESET_AFTER", Honoured),
+    ("CVMFS_PROXY_SHARD", NotSupported),
+    ("CVMFS_PROXY_SHARDING_POLICY", NotSupported),
+    ("CVMFS_PROXY_TEMPLATE", NotSupported),
+    ("CVMFS_PUBLIC_KEY", Honoured),
+    ("CVMFS_QUOTA_LIMIT", Honoured),
+    ("CVMFS_RELOAD_SOCKETS", NO_LOADER),
+    ("CVMFS_REPOSITORIES", NotSupported),
+    ("CVMFS_REPOSITORY_DATE", NotSupported),
+    ("CVMFS_REPOSITORY_TAG", NotSupported),
+    ("CVMFS_ROOT_HASH", NotSupported),
+    ("CVMFS_SEND_INFO_HEADER", NotSupported),
+    ("CVMFS_SERVER_CACHE_MODE", NotSupported),
+    ("CVMFS_SERVER_URL", Honoured),
+    ("CVMFS_SHARED_CACHE", Honoured),
+    ("CVMFS_STATFS_CACHE_TIMEOUT", NotSupported),
+    ("CVMFS_STREAMING_CACHE", NotSupported),
+    ("CVMFS_STRICT_MOUNT", NotSupported),
+    ("CVMFS_SUID", Honoured),
+    ("CVMFS_SYSLOG_FACILITY", NotSupported),
+    ("CVMFS_SYSLOG_LEVEL", NotSupported),
+    ("CVMFS_SYSLOG_PREFIX", NotSupported),
+    ("CVMFS_SYSTEMD_NOKILL", NotSupported),
+    ("CVMFS_TALK_OWNER", NotSupported),
+    ("CVMFS_TALK_SOCKET", NotSupported),
+    ("CVMFS_TELEMETRY_RATE", NotSupported),
+    ("CVMFS_TELEMETRY_SEND", NotSupported),
+    ("CVMFS_TIMEOUT", Honoured),
+    ("CVMFS_TIMEOUT_DIRECT", Honoured),
+    ("CVMFS_TRACEBUFFER", NotSupported),
+    ("CVMFS_TRACEBUFFER_THRESHOLD", NotSupported),
+    ("CVMFS_TRACEFILE", NotSupported),
+    ("CVMFS_UID_MAP", NotSupported),
+    ("CVMFS_USER", NotSupported),
+    ("CVMFS_USE_GEOAPI", NotSupported),
+    ("CVMFS_USE_SSL_SYSTEM_CA", WithoutEffect("the system's and the public root certificates are always used")),
+    ("CVMFS_USYSLOG", NotSupported),
+    ("CVMFS_WORKSPACE", NotSupported),
+    ("CVMFS_WORLD_READABLE", NotSupported),
+    ("CVMFS_XATTR_PRIVILEGED_GIDS", NotSupported),
+    ("CVMFS_XATTR_PROTECTED_XATTRS", NotSupported),
+];
+
+/// What the client makes of the parameter `name`; `None` if the specification does not know it.
+///
+/// Parameters of a named cache instance (`CVMFS_CACHE_<instance>_<property>`) are known and not supported.
+pub fn support(name: &str) -> Option<Support> {
+    match PARAMETERS.binary_search_by(|(known, _)| (*known).cmp(name)) {
+        Ok(index) => PARAMETERS.get(index).map(|(_, support)| *support),
+        Err(_) => is_instance_parameter(name).then_some(NotSupported),
+    }
+}
+
+/// The known parameter closest to a misspelt `name`, if one is close.
+pub fn closest(name: &str) -> Option<&'static str> {
+    /// More differences than this are another word, not a slip.
+    const SLIPS: usize = 2;
+    PARAMETERS
+        .iter()
+        .map(|(known, _)| (distance(known, name), *known))
+        .min()
+        .filter(|(differences, _)| *differences <= SLIPS)
+        .map(|(_, known)| known)
+}
+
+fn is_instance_parameter(name: &str) -> bool {
+    const PROPERTIES: [&str; 15] = [
+        "TYPE",
+        "BASE",
+        "DIR",
+        "SHARED",
+        "ALIEN",
+        "QUOTA_LIMIT",
+        "SERVER_MODE",
+        "REFCOUNT",
+        "WORKSPACE",
+        "SIZE",
+        "MALLOC",
+        "UPPER",
+        "LOWER",
+        "LOWER_READONLY",
+        "CMDLINE",
+    ];
+    let Some(rest) = name.strip_prefix("CVMFS_CACHE_") else { return false };
+    rest.ends_with("_LOCATOR")
+        || PROPERTIES.iter().any(|property| {
+            rest.strip_suffix(property)
+                .and_then(|rest| rest.strip_suffix('_'))
+                .is_some_and(|name| !name.is_empty())
+        })
+}
+
+/// Number of single letter changes between two names (Levenshtein).
+fn distance(left: &str, right: &str) -> usize {
+    /// Names longer than any parameter are no slip; it also bounds the work.
+    const LONGEST: usize = 64;
+    if left.len() > LONGEST || right.len() > LONGEST {
+        return usize::MAX;
+    }
+    let mut row: Vec<usize> = (0..=right.len()).collect();
+    for (index, a) in left.bytes().enumerate() {
+        let mut diagonal = index;
+        let mut before = index + 1;
+        for (cell, b) in row.iter_mut().skip(1).zip(right.bytes()) {
+            let above = *cell;
+            before = (diagonal + usize::from(a != b)).min(above + 1).min(before + 1);
+            diagonal = above;
+            *cell = before;
+        }
+        if let Some(first) = row.first_mut() {
+            *first = index + 1;
+        }
+    }
+    row.last().copied().unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_is_sorted_so_that_every_name_is_found() {
+        assert!(PARAMETERS.is_sorted_by(|(a, _), (b, _)| a < b));
+        for (name, expected) in PARAMETERS {
+            assert_eq!(support(name), Some(*expected));
+        }
+    }
+
+    #[test]
+    fn a_misspelt_name_is_unknown_and_the_right_one_is_proposed() {
+        assert_eq!(support("CVMFS_HTTP_PROXYY"), None);
+        assert_eq!(closest("CVMFS_HTTP_PROXYY"), Some("CVMFS_HTTP_PROXY"));
+        assert_eq!(closest("CVMFS_SERVERURL"), Some("CVMFS_SERVER_URL"));
+        assert_eq!(closest("CVMFS_SOMETHING_ELSE"), None);
+        assert_eq!(closest(&"CVMFS_".repeat(1000)), None);
+    }
+
+    #[test]
+    fn parameters_of_a_named_cache_instance_are_known() {
+        assert_eq!(support("CVMFS_CACHE_hpc_TYPE"), Some(NotSupported));
+        assert_eq!(support("CVMFS_CACHE_hpc_LOCATOR"), Some(NotSupported));
+        assert_eq!(support("CVMFS_CACHE_hpc_TYP"), None);
+    }
+}

@@ -1,0 +1,479 @@
+//! One pinned revision of a repository: its catalogs, loaded on demand, and look-ups in them.
+//!
+//! A [`Snapshot`] never changes. A newer revision is another snapshot, which shares
+//! the [`AttachedCatalog`]s that both revisions have in common. Look-ups go from a
+//! directory to its child ([`Snapshot::child`]), so that a path is hashed once and
+//! the right catalog is known without a search (repository format §12).
+//!
+//! Invariants:
+//! * a catalog is read only after the store verified its hash;
+//! * rows with names that cannot be path components are never shown;
+//! * the number of open catalogs is bounded ([`MAX_OPEN_CATALOGS`]); closing one only
+//!   costs opening it again.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use cvmfs_format::catalog::{Catalog, Chunk, Counters, Entry};
+use cvmfs_format::{Compression, ContentHash, ObjectKind, ObjectName, PathHash};
+
+use crate::deadline::Deadline;
+use crate::error::ClientError;
+use crate::store::ObjectStore;
+
+/// Catalogs kept open at a time. Each costs a descriptor, a mapping and the prepared
+/// statements (about 100 KiB); a node runs hundreds of layers, not thousands.
+pub const MAX_OPEN_CATALOGS: usize = 512;
+
+/// Nested catalogs below each other that are followed before the repository counts as damaged.
+pub const MAX_CATALOG_DEPTH: usize = 256;
+
+/// A row of a catalog together with its path and the catalog it was found in.
+#[derive(Debug, Clone)]
+pub struct Located {
+    /// Absolute path inside the repository; empty for the root directory.
+    pub path: Box<[u8]>,
+    /// The catalog row.
+    pub entry: Entry,
+    /// The catalog that holds the row. For a nested catalog's mount point this is the parent's.
+    pub catalog: Arc<AttachedCatalog>,
+}
+
+/// A catalog attached at a path of the repository. Opened when first read.
+#[derive(Debug)]
+pub struct AttachedCatalog {
+    mountpoint: Box<[u8]>,
+    hash: ContentHash,
+    size: u64,
+    open: Mutex<Option<Catalog>>,
+    link_leaders: OnceLock<HashMap<u32, i64>>,
+    last_used: AtomicU64,
+}
+
+impl AttachedCatalog {
+    fn new(mountpoint: &[u8], hash: ContentHash, size: u64) -> Arc<AttachedCatalog> {
+        Arc::new(AttachedCatalog {
+            mountpoint: mountpoint.into(),
+            hash,
+            size,
+            open: Mutex::new(None),
+            link_leaders: OnceLock::new(),
+            last_used: AtomicU64::new(0),
+        })
+    }
+
+    /// Path at which the catalog is attached; empty for the root catalog.
+    pub fn mountpoint(&self) -> &[u8] {
+        &self.mountpoint
+    }
+
+    /// Content hash of the catalog object.
+    pub fn hash(&self) -> ContentHash {
+        self.hash
+    }
+
+    /// Plain size in bytes as its parent records it; 0 if the parent does not.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn is_open(&self) -> bool {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+}
+
+/// What a snapshot is pinned to: enough to attach it again without a server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pin {
+    /// Root catalog.
+    pub root_hash: ContentHash,
+    /// Plain size of the root catalog in bytes; 0 if unknown.
+    pub root_size: u64,
+    /// Revision number of the manifest.
+    pub revision: u64,
+    /// Unix time of signing.
+    pub timestamp: u64,
+}
+
+/// One pinned revision of a repository.
+#[derive(Debug)]
+pub struct Snapshot {
+    store: ObjectStore,
+    fqrn: String,
+    pin: Pin,
+    root: Arc<AttachedCatalog>,
+    attached: Mutex<BTreeMap<Box<[u8]>, Arc<AttachedCatalog>>>,
+    tick: AtomicU64,
+}
+
+impl Snapshot {
+    /// Pins the revision `pin` and loads its root catalog.
+    ///
+    /// The root hash must come from a verified manifest. Catalogs that `previous`
+    /// holds under the same path and hash are shared with it.
+    ///
+    /// # Errors
+    /// If the root catalog cannot be fetched, is damaged or not a catalog.
+    pub fn pin(
+        fqrn: &str,
+        store: &ObjectStore,
+        pin: Pin,
+        previous: Option<&Snapshot>,
+        deadline: Deadline,
+    ) -> Result<Snapshot, ClientError> {
+        let mut attached = BTreeMap::new();
+        let root = previous
+            .and_then(|snapshot| snapshot.attached_at(b""))
+            .filter(|catalog| catalog.hash == pin.root_hash)
+            .unwrap_or_else(|| AttachedCatalog::new(b"", pin.root_hash, pin.root_size));
+        attached.insert(root.mountpoint.clone(), root.clone());
+        let snapshot = Snapshot {
+            store: store.clone(),
+            fqrn: fqrn.to_owned(),
+            pin,
+            root,
+            attached: Mutex::new(attached),
+            tick: AtomicU64::new(1),
+        };
+        if let Some(previous) = previous {
+            snapshot.share_with(previous);
+        }
+        snapshot.with_catalog(&snapshot.root, deadline, |_| Ok(()))?;
+        Ok(snapshot)
+    }
+
+    /// The pin of this snapshot.
+    pub fn pinned(&self) -> Pin {
+        self.pin
+    }
+
+    /// Name of the repository.
+    pub fn fqrn(&self) -> &str {
+        &self.fqrn
+    }
+
+    /// The root directory.
+    ///
+    /// # Errors
+    /// If the root catalog has no row for the root directory or cannot be read.
+    pub fn root(&self, deadline: Deadline) -> Result<Located, ClientError> {
+        let entry = self
+            .with_catalog(&self.root, deadline, |catalog| Ok(catalog.lookup(PathHash::of(b""))?))?
+            .ok_or_else(|| ClientError::catalog_damaged(&self.fqrn, b"", "no row for the root directory"))?;
+        Ok(Located { path: Box::default(), entry, catalog: self.root.clone() })
+    }
+
+    /// Looks `name` up in `directory`; `None` if there is no such entry.
+    ///
+    /// # Errors
+    /// If the catalog that holds the directory's children cannot be loaded.
+    pub fn child(
+        &self,
+        directory: &Located,
+        name: &[u8],
+        deadline: Deadline,
+    ) -> Result<Option<Located>, ClientError> {
+        let catalog = self.children_catalog(directory, deadline)?;
+        let path = join(&directory.path, name);
+        let entry =
+            self.with_catalog(&catalog, deadline, |rows| Ok(rows.lookup(PathHash::of(&path))?))?;
+        Ok(entry.map(|entry| Located { path: path.into(), entry, catalog }))
+    }
+
+    /// The entries of `directory`, sorted by name, hidden ones left out.
+    ///
+    /// # Errors
+    /// If the catalog that holds the directory's children cannot be loaded.
+    pub fn list(
+        &self,
+        directory: &Located,
+        deadline: Deadline,
+    ) -> Result<(Arc<AttachedCatalog>, Vec<Entry>), ClientError> {
+        let catalog = self.children_catalog(directory, deadline)?;
+        let parent = PathHash::of(&directory.path);
+        let entries = self.with_catalog(&catalog, deadline, |rows| Ok(rows.list(parent)?))?;
+        Ok((catalog, entries))
+    }
+
+    /// Resolves an absolute path from the root. The empty path and `/` are the root directory.
+    ///
+    /// # Errors
+    /// If a catalog on the way cannot be loaded.
+    pub fn resolve(&self, path: &[u8], deadline: Deadline) -> Result<Option<Located>, ClientError> {
+        let mut located = self.root(deadline)?;
+        for name in path.split(|byte| *byte == b'/').filter(|name| !name.is_empty()) {
+            if !located.entry.is_directory() {
+                return Ok(None);
+            }
+            match self.child(&located, name, deadline)? {
+                Some(child) => located = child,
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(located))
+    }
+
+    /// Whether the children of `directory` can be read without a fetch.
+    pub fn is_loaded(&self, directory: &Located) -> bool {
+        if !directory.entry.is_nested_mountpoint() {
+            return directory.catalog.is_open();
+        }
+        self.attached_at(&directory.path).is_some_and(|catalog| catalog.is_open())
+    }
+
+    /// The chunks of a chunked file, ordered by offset.
+    ///
+    /// # Errors
+    /// If the catalog cannot be loaded or its chunk list is not contiguous.
+    pub fn chunks(&self, file: &Located, deadline: Deadline) -> Result<Vec<Chunk>, ClientError> {
+        let entry = &file.entry;
+        self.with_catalog(&file.catalog, deadline, |rows| {
+            Ok(rows.chunks(entry.path_hash, entry.algorithm())?)
+        })
+    }
+
+    /// The first row (by row number) of the hard link group of `file`; the file itself
+    /// if it is in no group. All members of a group are one inode.
+    ///
+    /// # Errors
+    /// If the catalog cannot be loaded.
+    pub fn link_leader(&self, file: &Located, deadline: Deadline) -> Result<Option<Entry>, ClientError> {
+        if file.entry.link_group == 0 {
+            return Ok(None);
+        }
+        self.with_catalog(&file.catalog, deadline, |rows| {
+            let leaders = match file.catalog.link_leaders.get() {
+                Some(leaders) => leaders,
+                None => {
+                    let found = rows.link_group_leaders()?;
+                    file.catalog.link_leaders.get_or_init(|| found)
+                }
+            };
+            match leaders.get(&file.entry.link_group) {
+                Some(rowid) if *rowid != file.entry.rowid => Ok(rows.by_rowid(*rowid)?),
+                _ => Ok(None),
+            }
+        })
+    }
+
+    /// Rows of the attached catalogs whose first path hash half lies in `low..=high`.
+    ///
+    /// Used to find a node again from its number alone; catalogs that were never
+    /// attached are not searched. Rows of nested roots are left out: the mount point's
+    /// row in the parent catalog stands for them.
+    ///
+    /// # Errors
+    /// If an attached catalog cannot be loaded.
+    pub fn find_by_path_hash(
+        &self,
+        low: i64,
+        high: i64,
+        deadline: Deadline,
+    ) -> Result<Vec<Located>, ClientError> {
+        let mut found = Vec::new();
+        for catalog in self.attached() {
+            let rows = self.with_catalog(&catalog, deadline, |rows| Ok(rows.by_path_prefix(low, high)?))?;
+            for entry in rows.into_iter().filter(|entry| !entry.is_nested_root()) {
+                if let Some(path) = self.path_of(&catalog, &entry, deadline)? {
+                    found.push(Located { path, entry, catalog: catalog.clone() });
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Statistics of the whole repository, from the root catalog.
+    ///
+    /// # Errors
+    /// If the root catalog cannot be read.
+    pub fn counters(&self, deadline: Deadline) -> Result<Counters, ClientError> {
+        self.with_catalog(&self.root, deadline, |rows| Ok(rows.counters()?))
+    }
+
+    /// Statistics of the catalog that holds `located`.
+    ///
+    /// # Errors
+    /// If the catalog cannot be read.
+    pub fn catalog_counters(&self, located: &Located, deadline: Deadline) -> Result<Counters, ClientError> {
+        self.with_catalog(&located.catalog, deadline, |rows| Ok(rows.counters()?))
+    }
+
+    /// The catalogs attached so far, sorted by path.
+    pub fn attached(&self) -> Vec<Arc<AttachedCatalog>> {
+        self.attached.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// Attaches a catalog that an earlier process had attached, without opening it.
+    /// `hash` must stem from a verified catalog of this repository.
+    pub fn attach_again(&self, mountpoint: &[u8], hash: ContentHash, size: u64) {
+        self.attached
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .entry(mountpoint.into())
+            .or_insert_with(|| AttachedCatalog::new(mountpoint, hash, size));
+    }
+
+    /// The catalog in which the children of `directory` are rows: the nested one at a mount point.
+    fn children_catalog(
+        &self,
+        directory: &Located,
+        deadline: Deadline,
+    ) -> Result<Arc<AttachedCatalog>, ClientError> {
+        if !directory.entry.is_nested_mountpoint() {
+            return Ok(directory.catalog.clone());
+        }
+        if let Some(catalog) = self.attached_at(&directory.path) {
+            return Ok(catalog);
+        }
+        let nested = self
+            .with_catalog(&directory.catalog, deadline, |rows| Ok(rows.nested_at(&directory.path)?))?
+            .ok_or_else(|| {
+                ClientError::catalog_damaged(
+                    &self.fqrn,
+                    &directory.path,
+                    "marked as nested catalog but not listed as one",
+                )
+            })?;
+        let mut attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
+        let catalog = attached
+            .entry(directory.path.clone())
+            .or_insert_with(|| AttachedCatalog::new(&directory.path, nested.hash, nested.size));
+        Ok(catalog.clone())
+    }
+
+    /// Runs `read` on the catalog, which is opened (and fetched) first if necessary.
+    fn with_catalog<T>(
+        &self,
+        catalog: &AttachedCatalog,
+        deadline: Deadline,
+        read: impl FnOnce(&Catalog) -> Result<T, ClientError>,
+    ) -> Result<T, ClientError> {
+        catalog.last_used.store(self.tick.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
+        if let Some(rows) = catalog.open.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+            return read(rows);
+        }
+        // Fetched without the lock, so that each waiter keeps its own deadline; the store
+        // sees to it that the object is fetched once. Opening it twice is harmless.
+        let rows = self.load(catalog, deadline)?;
+        let mut slot = catalog.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = read(slot.get_or_insert(rows));
+        drop(slot);
+        self.close_least_used();
+        result
+    }
+
+    fn load(&self, catalog: &AttachedCatalog, deadline: Deadline) -> Result<Catalog, ClientError> {
+        let name = ObjectName::new(catalog.hash, ObjectKind::Catalog);
+        let size = (catalog.size > 0).then_some(catalog.size);
+        let object = self
+            .store
+            .object(&name, Compression::Zlib, size, deadline)
+            .map_err(|error| ClientError::catalog_missing(&self.fqrn, &catalog.mountpoint, catalog.hash, error))?;
+        let rows = crate::tree::open_catalog(&object)
+            .map_err(|error| ClientError::catalog_unreadable(&self.fqrn, &catalog.mountpoint, error))?;
+        if rows.root_prefix() != catalog.mountpoint() {
+            return Err(ClientError::catalog_damaged(
+                &self.fqrn,
+                &catalog.mountpoint,
+                "the catalog belongs to another path",
+            ));
+        }
+        Ok(rows)
+    }
+
+    /// Closes the least recently used catalogs beyond [`MAX_OPEN_CATALOGS`].
+    fn close_least_used(&self) {
+        let mut open: Vec<_> = self.attached().into_iter().filter(|catalog| catalog.is_open()).collect();
+        if open.len() <= MAX_OPEN_CATALOGS {
+            return;
+        }
+        open.sort_by_key(|catalog| catalog.last_used.load(Ordering::Relaxed));
+        let surplus = open.len() - MAX_OPEN_CATALOGS;
+        for catalog in open.into_iter().take(surplus) {
+            if let Ok(mut slot) = catalog.open.try_lock() {
+                *slot = None;
+            }
+        }
+    }
+
+    /// The absolute path of `entry`, found by climbing to the root row of its catalog.
+    fn path_of(
+        &self,
+        catalog: &AttachedCatalog,
+        entry: &Entry,
+        deadline: Deadline,
+    ) -> Result<Option<Box<[u8]>>, ClientError> {
+        let top = PathHash::of(&catalog.mountpoint);
+        let mut names = Vec::new();
+        let mut row = entry.clone();
+        while row.path_hash != top {
+            // A path longer than the kernel accepts can only be a loop made by a damaged catalog.
+            if names.len() > libc::PATH_MAX as usize / 2 {
+                return Ok(None);
+            }
+            let parent = row.parent;
+            names.push(row.name);
+            match self.with_catalog(catalog, deadline, |rows| Ok(rows.lookup(parent)?))? {
+                Some(above) => row = above,
+                None => return Ok(None),
+            }
+        }
+        let mut path = catalog.mountpoint.to_vec();
+        for name in names.iter().rev() {
+            path.push(b'/');
+            path.extend_from_slice(name);
+        }
+        Ok(Some(path.into()))
+    }
+
+    fn attached_at(&self, path: &[u8]) -> Option<Arc<AttachedCatalog>> {
+        self.attached.lock().unwrap_or_else(PoisonError::into_inner).get(path).cloned()
+    }
+
+    /// Takes over the catalogs of `previous` that this revision refers to under the same
+    /// path and hash. Only those whose parents are loaded are looked at: an unreadable
+    /// one is attached again when somebody walks there.
+    fn share_with(&self, previous: &Snapshot) {
+        for catalog in previous.attached() {
+            if catalog.mountpoint.is_empty() {
+                continue;
+            }
+            let deadline = Deadline::after(std::time::Duration::from_secs(10));
+            let Some(parent) = self.deepest_above(&catalog.mountpoint) else { continue };
+            let nested =
+                self.with_catalog(&parent, deadline, |rows| Ok(rows.nested_at(&catalog.mountpoint)?));
+            if let Ok(Some(nested)) = nested
+                && nested.hash == catalog.hash
+            {
+                self.attached
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .insert(catalog.mountpoint.clone(), catalog);
+            }
+        }
+    }
+
+    /// The attached catalog with the longest mount point that is a proper prefix of `path`.
+    fn deepest_above(&self, path: &[u8]) -> Option<Arc<AttachedCatalog>> {
+        let attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut prefix = path;
+        while let Some(slash) = prefix.iter().rposition(|byte| *byte == b'/') {
+            prefix = prefix.get(..slash)?;
+            if let Some(catalog) = attached.get(prefix) {
+                return Some(catalog.clone());
+            }
+        }
+        None
+    }
+}
+
+/// `directory` + `/` + `name`.
+pub fn join(directory: &[u8], name: &[u8]) -> Vec<u8> {
+    let mut path = Vec::with_capacity(directory.len() + 1 + name.len());
+    path.extend_from_slice(directory);
+    path.push(b'/');
+    path.extend_from_slice(name);
+    path
+}
