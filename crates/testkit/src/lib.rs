@@ -12,6 +12,7 @@
 //! * Every wait has a deadline.
 
 pub mod binary;
+pub mod client;
 pub mod dockerd;
 pub mod fixture;
 pub mod http;
@@ -22,18 +23,23 @@ pub mod mounts;
 pub mod origin;
 pub mod packages;
 pub mod process;
+pub mod published;
 pub mod registry;
 pub mod scratch;
 mod syscall;
 pub mod tar;
+pub mod thin_engine;
 pub mod tree;
 
 pub use binary::{binary, workspace_root};
+pub use client::{Mount, MountBuilder};
 pub use dockerd::{Dockerd, DockerdBuilder};
 pub use fixture::Fixture;
 pub use image::Image;
 pub use origin::{Fault, Origin, Request};
 pub use packages::install;
+pub use published::Published;
 pub use registry::Registry;
 pub use scratch::ScratchDir;
+pub use thin_engine::ThinEngine;
 pub use tree::{TreeEntry, compare, walk_tree};

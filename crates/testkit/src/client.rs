@@ -1,0 +1,107 @@
+//! Repositories mounted by the `cvmfs-client` binary.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::Result;
+
+use crate::process::{Finished, run};
+use crate::{ScratchDir, binary};
+
+/// A mount returns when the root answers, or fails after the client's own deadlines, which are shorter.
+const MOUNT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How a repository is to be mounted.
+#[derive(Debug, Clone)]
+pub struct MountBuilder {
+    fqrn: String,
+    options: Vec<String>,
+    environment: Vec<(String, String)>,
+}
+
+impl MountBuilder {
+    /// A mount of `fqrn` that is configured by this file only.
+    pub fn new(fqrn: &str, config: &Path) -> Self {
+        let options = vec![format!("config={}", config.display())];
+        Self { fqrn: fqrn.to_owned(), options, environment: Vec::new() }
+    }
+
+    /// One more `-o` option.
+    #[must_use]
+    pub fn option(mut self, option: &str) -> Self {
+        self.options.push(option.to_owned());
+        self
+    }
+
+    /// One more variable in the client's environment.
+    #[must_use]
+    pub fn environment(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Mounts; an error with all that the client said if it did not succeed.
+    pub fn mount(self) -> Result<Mount> {
+        let (mount, finished) = self.attempt()?;
+        finished.success()?;
+        Ok(mount)
+    }
+
+    /// Tries to mount and reports how the command ended, for mounts that are meant to fail.
+    pub fn attempt(self) -> Result<(Mount, Finished)> {
+        let directory = ScratchDir::new("mount")?;
+        let mountpoint = directory.path().join(&self.fqrn);
+        std::fs::create_dir(&mountpoint)?;
+        let mut command = Command::new(binary("cvmfs-client"));
+        command.args(["mount", &self.fqrn]).arg(&mountpoint).args(["-o", &self.options.join(",")]);
+        command.envs(self.environment);
+        let finished = run(command, MOUNT_TIMEOUT)?;
+        Ok((Mount { fqrn: self.fqrn, mountpoint, _directory: directory }, finished))
+    }
+}
+
+/// A mounted repository; unmounted when dropped.
+#[derive(Debug)]
+pub struct Mount {
+    fqrn: String,
+    mountpoint: PathBuf,
+    _directory: ScratchDir,
+}
+
+impl Mount {
+    /// Where it is mounted.
+    pub fn path(&self) -> &Path {
+        &self.mountpoint
+    }
+
+    /// Whether the mount table has it.
+    pub fn is_mounted(&self) -> bool {
+        !crate::mounts::below(&self.mountpoint).is_empty()
+    }
+
+    /// The document of `cvmfs-client status FQRN --json`.
+    pub fn status(&self) -> Result<serde_json::Value> {
+        let mut command = Command::new(binary("cvmfs-client"));
+        command.args(["status", &self.fqrn, "--json"]);
+        let text = run(command, Duration::from_secs(10))?.success()?;
+        Ok(serde_json::from_str(&text)?)
+    }
+
+    /// `cvmfs-client umount`.
+    pub fn unmount(&self) -> Result<()> {
+        let mut command = Command::new(binary("cvmfs-client"));
+        command.arg("umount").arg(&self.mountpoint);
+        run(command, MOUNT_TIMEOUT)?.success().map(drop)
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        if self.is_mounted()
+            && let Err(error) = self.unmount()
+        {
+            eprintln!("{error:#}");
+        }
+    }
+}
