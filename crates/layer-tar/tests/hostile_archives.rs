@@ -218,7 +218,7 @@ fn holes_larger_than_the_limit() {
     let mut reader = LayerReader::new(&bomb[..], Limits::default());
     match reader.next_entry() {
         Err(TarError::Limit { entry, limit, .. }) => {
-            assert_eq!((&entry[..], limit), ("bomb", Limits::TOTAL_SIZE))
+            assert_eq!((&entry[..], limit), ("bomb", Limits::TOTAL_SIZE));
         }
         other => panic!("{other:?}"),
     }
