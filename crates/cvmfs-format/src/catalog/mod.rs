@@ -15,12 +15,13 @@ mod counters;
 mod entry;
 mod reader;
 mod rows;
-
-use std::path::PathBuf;
+mod schema;
+mod writer;
 
 pub use self::counters::{Counters, Counts};
-pub use self::entry::{Chunk, Entry, EntryFlags, EntryKind};
+pub use self::entry::{Chunk, Entry, EntryFlags, EntryKind, MAX_NAME, MAX_SYMLINK, is_valid_name};
 pub use self::reader::{Catalog, NestedCatalog};
+pub use self::writer::CatalogWriter;
 pub use crate::container::Schema;
 use crate::container::ContainerError;
 use crate::hash::PathHash;
@@ -83,9 +84,6 @@ pub enum CatalogError {
         /// The rule it breaks.
         reason: String,
     },
-    /// The file to create exists.
-    #[error("catalog file {} exists", .0.display())]
-    FileExists(PathBuf),
 }
 
 pub(crate) type Result<T> = std::result::Result<T, CatalogError>;
