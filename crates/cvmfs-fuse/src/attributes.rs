@@ -55,7 +55,8 @@ pub fn file_type(kind: EntryKind) -> FileType {
 fn modification_time(entry: &Entry) -> SystemTime {
     let nanoseconds = Duration::from_nanos(u64::from(entry.mtime_ns.unwrap_or(0).min(999_999_999)));
     let seconds = Duration::from_secs(entry.mtime.unsigned_abs());
-    let time = if entry.mtime < 0 { UNIX_EPOCH.checked_sub(seconds) } else { UNIX_EPOCH.checked_add(seconds) };
+    let time =
+        if entry.mtime < 0 { UNIX_EPOCH.checked_sub(seconds) } else { UNIX_EPOCH.checked_add(seconds) };
     time.and_then(|time| time.checked_add(nanoseconds)).unwrap_or(UNIX_EPOCH)
 }
 

@@ -141,14 +141,16 @@ pub fn main() -> ExitCode {
 
 /// The code of the command-line contract for an error.
 fn exit_code(error: &anyhow::Error) -> u8 {
-    error.chain().find_map(|cause| {
-        let mount = cause.downcast_ref::<MountError>().map(MountError::exit_code);
-        let client = || cause.downcast_ref::<ClientError>().map(ClientError::exit_code);
-        let usage = || cause.downcast_ref::<Usage>().map(|_| 2);
-        let missing = || cause.downcast_ref::<NotMounted>().map(|_| 5);
-        mount.or_else(client).or_else(usage).or_else(missing)
-    })
-    .unwrap_or(1)
+    error
+        .chain()
+        .find_map(|cause| {
+            let mount = cause.downcast_ref::<MountError>().map(MountError::exit_code);
+            let client = || cause.downcast_ref::<ClientError>().map(ClientError::exit_code);
+            let usage = || cause.downcast_ref::<Usage>().map(|_| 2);
+            let missing = || cause.downcast_ref::<NotMounted>().map(|_| 5);
+            mount.or_else(client).or_else(usage).or_else(missing)
+        })
+        .unwrap_or(1)
 }
 
 /// Wrong arguments.
@@ -197,7 +199,8 @@ fn mount(cli: &Cli, arguments: &MountArguments) -> anyhow::Result<ExitCode> {
 /// Waits for Ctrl-C or for the end of the mount.
 fn stay_in_foreground(mounted: &launch::Mounted, signals: &std::os::fd::OwnedFd) -> anyhow::Result<ExitCode> {
     use rustix::event::{PollFd, PollFlags, poll};
-    let pid = rustix::process::Pid::from_raw(mounted.supervisor_pid.cast_signed()).context("no supervisor")?;
+    let pid =
+        rustix::process::Pid::from_raw(mounted.supervisor_pid.cast_signed()).context("no supervisor")?;
     let supervisor = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
     loop {
         let mut polled = [PollFd::new(&supervisor, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
@@ -265,7 +268,12 @@ fn status(cli: &Cli, fqrn: Option<&str>) -> anyhow::Result<ExitCode> {
 fn print_status(state: &control::Status) {
     println!("{} at {}", state.fqrn, state.mountpoint.display());
     println!("  revision {}  root {}", state.revision, state.root_hash);
-    println!("  {}  host {}  proxy {}", if state.online { "online" } else { "OFFLINE" }, state.host, state.proxy);
+    println!(
+        "  {}  host {}  proxy {}",
+        if state.online { "online" } else { "OFFLINE" },
+        state.host,
+        state.proxy
+    );
     println!(
         "  cache {} of {} MiB  hits {}  misses {}  requests {}  received {} KiB",
         state.cache_used >> 20,
@@ -315,14 +323,14 @@ fn config(cli: &Cli, fqrn: &str, options: &[String]) -> anyhow::Result<ExitCode>
                 (key.to_owned(), value)
             })
             .collect();
-        let problems: Vec<String> = config.problems().iter().map(ToString::to_string).collect();
+        let problems: Vec<String> = config.notices().iter().map(ToString::to_string).collect();
         println!("{}", serde_json::json!({"fqrn": fqrn, "parameters": parameters, "problems": problems}));
         return Ok(ExitCode::SUCCESS);
     }
     for (key, setting) in config.iter() {
         println!("{key}={}    # from {}", setting.value, setting.origin);
     }
-    for problem in config.problems() {
+    for problem in config.notices() {
         eprintln!("cvmfs-client: {problem}");
     }
     Ok(ExitCode::SUCCESS)
@@ -330,21 +338,26 @@ fn config(cli: &Cli, fqrn: &str, options: &[String]) -> anyhow::Result<ExitCode>
 
 fn check(cli: &Cli, fqrn: &str, options: &[String]) -> anyhow::Result<ExitCode> {
     let config = Config::load(fqrn, &sources_of(options)?).map_err(ClientError::from)?;
-    for problem in config.problems() {
+    for problem in config.notices() {
         eprintln!("cvmfs-client: {problem}");
     }
     let settings = ClientSettings::from(&config).map_err(ClientError::from)?;
     let servers = settings.servers.clone();
     let repository = Repository::open(settings, Arc::new(SystemClock)).map_err(|error| {
-        anyhow::Error::new(error).context(format!("{fqrn} cannot be mounted (servers: {})", servers.join(", ")))
+        anyhow::Error::new(error)
+            .context(format!("{fqrn} cannot be mounted (servers: {})", servers.join(", ")))
     })?;
     let known = repository.status();
     if cli.json {
         println!("{}", serde_json::to_string(&known)?);
     } else {
-        println!("{fqrn}: revision {}, root catalog {}, chain of trust verified", known.revision, known.root_hash);
+        println!(
+            "{fqrn}: revision {}, root catalog {}, chain of trust verified",
+            known.revision, known.root_hash
+        );
         if let Some(expires) = known.whitelist_expires {
-            let until = time::OffsetDateTime::from_unix_timestamp(expires).map(|time| time.date().to_string());
+            let until =
+                time::OffsetDateTime::from_unix_timestamp(expires).map(|time| time.date().to_string());
             println!("whitelist valid until {}", until.unwrap_or_else(|_| expires.to_string()));
         }
     }

@@ -120,9 +120,10 @@ pub fn records() -> Vec<Mounted> {
         if path.extension().is_none_or(|extension| extension != "json") {
             continue;
         }
-        let Ok(record) = fs::read(&path).map_err(drop).and_then(|text| {
-            serde_json::from_slice::<Mounted>(&text).map_err(drop)
-        }) else {
+        let Ok(record) = fs::read(&path)
+            .map_err(drop)
+            .and_then(|text| serde_json::from_slice::<Mounted>(&text).map_err(drop))
+        else {
             continue;
         };
         if is_supervisor(record.supervisor_pid) {
@@ -262,7 +263,11 @@ fn answer(command: &str, mount: &Mount, device: &OwnedFd, mountpoint: &Path) -> 
         "open catalogs" => {
             let attached = repository.snapshot().attached();
             let lines = attached.iter().map(|catalog| {
-                format!("/{} {}\n", String::from_utf8_lossy(catalog.mountpoint()).trim_start_matches('/'), catalog.hash())
+                format!(
+                    "/{} {}\n",
+                    String::from_utf8_lossy(catalog.mountpoint()).trim_start_matches('/'),
+                    catalog.hash()
+                )
             });
             lines.collect()
         }

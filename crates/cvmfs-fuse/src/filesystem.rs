@@ -12,9 +12,9 @@ use std::time::Duration;
 use cvmfs_client::deadline::Deadline;
 use cvmfs_format::catalog::EntryKind;
 use fuser::{
-    Errno, FileAttr, FileHandle, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags,
-    ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs,
-    ReplyXattr, Request,
+    Errno, FileAttr, FileHandle, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner,
+    OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen,
+    ReplyStatfs, ReplyXattr, Request,
 };
 
 use crate::attributes::{attributes, file_type};
@@ -75,8 +75,10 @@ impl Mount {
 
     fn lookup(&self, parent: u64, name: &[u8], reply: ReplyEntry) {
         let deadline = Deadline::after(METADATA_DEADLINE);
-        let found =
-            self.view.node(parent, deadline).and_then(|directory| self.view.child(&directory, name, deadline));
+        let found = self
+            .view
+            .node(parent, deadline)
+            .and_then(|directory| self.view.child(&directory, name, deadline));
         match found {
             Ok(Some(node)) => reply.entry(&self.options.kernel_cache, &self.attributes(&node), Generation(0)),
             Ok(None) => reply.entry(&self.options.kernel_cache, &NO_ENTRY, Generation(0)),
@@ -93,7 +95,9 @@ impl Mount {
 
     fn readlink(&self, id: u64, reply: ReplyData) {
         match self.view.node(id, Deadline::after(METADATA_DEADLINE)) {
-            Ok(node) if node.located.entry.kind() == EntryKind::Symlink => reply.data(&self.view.link_target(&node)),
+            Ok(node) if node.located.entry.kind() == EntryKind::Symlink => {
+                reply.data(&self.view.link_target(&node))
+            }
             Ok(_) => reply.error(Errno::EINVAL),
             Err(error) => reply.error(self.failed("link target", id, None, &error)),
         }
@@ -158,7 +162,9 @@ fn answer_open(reply: ReplyOpen, handle: u64, mode: Mode) {
     match mode {
         Mode::Passthrough(id) => crate::syscall::reply_passthrough(reply, handle, id),
         // Content under one node id never changes, so the kernel's pages stay good.
-        Mode::Plain => reply.opened(FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH),
+        Mode::Plain => {
+            reply.opened(FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH)
+        }
     }
 }
 
@@ -220,7 +226,9 @@ impl fuser::Filesystem for Adapter {
             let _ = config.add_capabilities(flag);
         }
         // Depth 1, not 2: an overlay must fit on top.
-        if config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok() && config.set_max_stack_depth(1).is_ok() {
+        if config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
+            && config.set_max_stack_depth(1).is_ok()
+        {
             self.0.passthrough_offered.store(true, Ordering::SeqCst);
         }
         // Bounds the memory of one READ; the kernel asks for at most this much.
@@ -306,14 +314,23 @@ impl fuser::Filesystem for Adapter {
         reply.opened(FileHandle(0), flags);
     }
 
-    fn readdir(&self, request: &Request, node: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+    fn readdir(
+        &self,
+        request: &Request,
+        node: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
         self.note(request);
         self.answer(self.0.view.is_loaded(node.0), move |mount| {
             let listing = match mount.list(node.0) {
                 Ok(listing) => listing,
                 Err(errno) => return reply.error(errno),
             };
-            for (index, dot) in [(node.0, "."), (listing.parent, "..")].iter().enumerate().skip(offset as usize) {
+            for (index, dot) in
+                [(node.0, "."), (listing.parent, "..")].iter().enumerate().skip(offset as usize)
+            {
                 if reply.add(INodeNo(dot.0), index as u64 + 1, fuser::FileType::Directory, dot.1) {
                     return reply.ok();
                 }
@@ -345,7 +362,9 @@ impl fuser::Filesystem for Adapter {
                 Err(errno) => return reply.error(errno),
             };
             let ttl = mount.options.kernel_cache;
-            for (index, dot) in [(node.0, "."), (listing.parent, "..")].iter().enumerate().skip(offset as usize) {
+            for (index, dot) in
+                [(node.0, "."), (listing.parent, "..")].iter().enumerate().skip(offset as usize)
+            {
                 let attr = FileAttr { ino: INodeNo(dot.0), kind: fuser::FileType::Directory, ..NO_ENTRY };
                 if reply.add(INodeNo(dot.0), index as u64 + 1, dot.1, &ttl, &attr, Generation(0)) {
                     return reply.ok();
@@ -377,7 +396,8 @@ impl fuser::Filesystem for Adapter {
                 .snapshot()
                 .counters(Deadline::after(METADATA_DEADLINE))
                 .map_or(0, |counters| counters.total().entries().max(0).cast_unsigned());
-            let (total, free) = (cache.limit / STATFS_BLOCK, cache.limit.saturating_sub(cache.used) / STATFS_BLOCK);
+            let (total, free) =
+                (cache.limit / STATFS_BLOCK, cache.limit.saturating_sub(cache.used) / STATFS_BLOCK);
             reply.statfs(total, free, free, entries, 0, STATFS_BLOCK as u32, MAX_NAME, STATFS_BLOCK as u32);
         });
     }

@@ -53,7 +53,10 @@ mod sources_as_json {
         overrides: Vec<(String, String)>,
     }
 
-    pub(super) fn serialize<S: Serializer>(sources: &ConfigSources, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(super) fn serialize<S: Serializer>(
+        sources: &ConfigSources,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         Wire {
             directory: sources.directory.clone(),
             files: sources.files.clone(),
@@ -185,7 +188,7 @@ pub fn run_directory() -> PathBuf {
 pub fn mount(request: &MountRequest, timeout: Duration) -> Result<Mounted, MountError> {
     let end = Instant::now() + timeout;
     let mountpoint = check_mountpoint(&request.mountpoint)?;
-    let request = MountRequest { mountpoint: mountpoint.clone(), ..request.clone() };
+    let request = MountRequest { mountpoint, ..request.clone() };
     create_run_directory()?;
     let mut supervisor = start_supervisor(&request)?;
     let report = supervisor.stdout.take();
@@ -207,7 +210,8 @@ pub fn mount(request: &MountRequest, timeout: Duration) -> Result<Mounted, Mount
     });
     let remaining = end.saturating_duration_since(Instant::now());
     let line = receiver.recv_timeout(remaining);
-    let failed = |message: String, exit_code| MountError::Client { fqrn: request.fqrn.clone(), message, exit_code };
+    let failed =
+        |message: String, exit_code| MountError::Client { fqrn: request.fqrn.clone(), message, exit_code };
     let outcome = match line.ok().map(|line| serde_json::from_str::<Report>(&line)) {
         Some(Ok(Report::Mounted(mounted))) => wait_for_root(&mounted, end).map(|()| mounted),
         Some(Ok(Report::Failed { message, exit_code })) => Err(failed(message, exit_code)),
@@ -285,7 +289,9 @@ fn check_mountpoint(given: &Path) -> Result<PathBuf, MountError> {
             lazy_unmount(&mountpoint)
                 .map_err(|error| refuse(format!("a dead mount lies here and cannot be removed: {error}")))?;
         }
-        Some(kind) => return Err(refuse(format!("a {kind} file system is mounted here; choose another directory"))),
+        Some(kind) => {
+            return Err(refuse(format!("a {kind} file system is mounted here; choose another directory")));
+        }
         None => {}
     }
     let metadata = fs::metadata(&mountpoint)
@@ -318,7 +324,8 @@ fn create_run_directory() -> Result<(), MountError> {
 /// # Errors
 /// If nothing of ours is mounted there or the kernel refuses.
 pub fn unmount(mountpoint: &Path) -> Result<(), MountError> {
-    let refuse = |reason: &str| MountError::Mountpoint { mountpoint: mountpoint.to_owned(), reason: reason.into() };
+    let refuse =
+        |reason: &str| MountError::Mountpoint { mountpoint: mountpoint.to_owned(), reason: reason.into() };
     let absolute = std::path::absolute(mountpoint).map_err(|_| refuse("not a path"))?;
     let parent = absolute.parent().and_then(|parent| parent.canonicalize().ok());
     let target = match (parent, absolute.file_name()) {
@@ -341,9 +348,9 @@ pub(crate) fn lazy_unmount(mountpoint: &Path) -> io::Result<()> {
 
 /// Whether a worker serves this mount point. Asks the control socket, never the mount.
 pub fn is_alive(mountpoint: &Path) -> bool {
-    control::records()
-        .into_iter()
-        .any(|record| record.mountpoint == mountpoint && control::ping(&record.control, Duration::from_secs(2)))
+    control::records().into_iter().any(|record| {
+        record.mountpoint == mountpoint && control::ping(&record.control, Duration::from_secs(2))
+    })
 }
 
 /// Type of the topmost file system mounted exactly at `path`.

@@ -23,7 +23,11 @@ pub(crate) fn start(request: &MountRequest) -> io::Result<()> {
         None => builder.with_writer(io::stderr).try_init(),
         Some(path) => {
             let log = LogFile::open(path.clone())?;
-            if request.log_json { builder.json().with_writer(log).try_init() } else { builder.with_writer(log).try_init() }
+            if request.log_json {
+                builder.json().with_writer(log).try_init()
+            } else {
+                builder.with_writer(log).try_init()
+            }
         }
     };
     // A second subscriber in one process is a programming error without consequences.
@@ -86,8 +90,10 @@ mod tests {
         for _ in 0..20 {
             (&log).write_all(&line).unwrap();
         }
-        let total: u64 =
-            fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
+        let total: u64 = fs::read_dir(directory.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().metadata().unwrap().len())
+            .sum();
         assert!(total <= 2 * MAX_LOG_BYTES, "{total}");
         assert!(path.exists() && directory.path().join("log.1").exists());
     }

@@ -56,7 +56,12 @@ const OF_FILES: [&str; 5] =
 const OF_LINKS: [&str; 2] = ["user.rawlink", "xfsroot.rawlink"];
 
 /// The value of an attribute; `None` if the entry does not have it.
-pub(crate) fn get(mount: &Mount, node: &Node, name: &[u8], deadline: Deadline) -> Result<Option<Vec<u8>>, ViewError> {
+pub(crate) fn get(
+    mount: &Mount,
+    node: &Node,
+    name: &[u8],
+    deadline: Deadline,
+) -> Result<Option<Vec<u8>>, ViewError> {
     if OPAQUE_ATTRIBUTES.contains(&name) && mount.view.is_opaque(node, deadline)? {
         return Ok(Some(b"y".to_vec()));
     }
@@ -134,7 +139,12 @@ fn page_of(value: Vec<u8>, page: Option<&str>) -> Option<Vec<u8>> {
     }
 }
 
-fn magic_value(mount: &Mount, node: &Node, name: &str, deadline: Deadline) -> Result<Option<Vec<u8>>, ViewError> {
+fn magic_value(
+    mount: &Mount,
+    node: &Node,
+    name: &str,
+    deadline: Deadline,
+) -> Result<Option<Vec<u8>>, ViewError> {
     let repository = mount.view.repository();
     let snapshot = repository.snapshot();
     let pin = snapshot.pinned();
@@ -188,10 +198,10 @@ fn magic_value(mount: &Mount, node: &Node, name: &str, deadline: Deadline) -> Re
 fn chunk_list(node: &Node) -> String {
     let mut text = String::from("hash,offset,size\n");
     let entry = &node.located.entry;
-    if node.chunks.is_empty() {
-        if let Some(hash) = entry.hash {
-            let _ = writeln!(text, "{hash},0,{}", entry.size);
-        }
+    if node.chunks.is_empty()
+        && let Some(hash) = entry.hash
+    {
+        let _ = writeln!(text, "{hash},0,{}", entry.size);
     }
     for chunk in &node.chunks {
         let _ = writeln!(text, "{},{},{}", chunk.hash, chunk.offset, chunk.size);

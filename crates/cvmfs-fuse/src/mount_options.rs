@@ -8,8 +8,27 @@ use crate::cli::Usage;
 
 /// Options of fstab and mount(8) that mean nothing here and must not be refused.
 const IGNORED: [&str; 22] = [
-    "_netdev", "async", "auto", "atime", "defaults", "dev", "exec", "group", "noatime", "noauto", "nodev",
-    "nodiratime", "nofail", "nosuid", "nouser", "owner", "relatime", "ro", "system_mount", "user", "users",
+    "_netdev",
+    "async",
+    "auto",
+    "atime",
+    "defaults",
+    "dev",
+    "exec",
+    "group",
+    "noatime",
+    "noauto",
+    "nodev",
+    "nodiratime",
+    "nofail",
+    "nosuid",
+    "nouser",
+    "owner",
+    "relatime",
+    "ro",
+    "system_mount",
+    "user",
+    "users",
     "grab_mountpoint",
 ];
 
@@ -42,7 +61,11 @@ impl MountOptions {
                 None if option == "allow_other" => options.allow_other = true,
                 None if option == "cvmfs_suid" || option == "suid" => options.suid = true,
                 None if IGNORED.contains(&option.as_str()) || option.starts_with("x-") => {}
-                _ => return Err(Usage(format!("unknown mount option '{option}'; see `cvmfs-client mount --help`"))),
+                _ => {
+                    return Err(Usage(format!(
+                        "unknown mount option '{option}'; see `cvmfs-client mount --help`"
+                    )));
+                }
             }
         }
         Ok(options)
@@ -85,7 +108,8 @@ mod tests {
 
     #[test]
     fn options_of_fstab_configuration_and_parameters_are_told_apart() {
-        let options = parse("ro,_netdev,config=/a:/b,layer_view,CVMFS_TIMEOUT=3,x-systemd.automount").unwrap();
+        let options =
+            parse("ro,_netdev,config=/a:/b,layer_view,CVMFS_TIMEOUT=3,x-systemd.automount").unwrap();
         assert_eq!(options.files, Some(vec!["/a".into(), "/b".into()]));
         assert_eq!(options.overrides, [("CVMFS_TIMEOUT".to_owned(), "3".to_owned())]);
         assert!(options.layer_view && !options.suid);

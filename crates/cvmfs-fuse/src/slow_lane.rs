@@ -58,8 +58,7 @@ impl SlowLane {
         queue.jobs.push_back(Box::new(job));
         if queue.idle < queue.jobs.len() && queue.threads < MAX_THREADS {
             let shared = self.shared.clone();
-            let started =
-                std::thread::Builder::new().name("cvmfs-slow".into()).spawn(move || shared.work());
+            let started = std::thread::Builder::new().name("cvmfs-slow".into()).spawn(move || shared.work());
             match started {
                 Ok(_) => queue.threads += 1,
                 // Without any thread nobody would ever answer.

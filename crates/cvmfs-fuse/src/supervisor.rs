@@ -119,13 +119,19 @@ impl Supervisor {
             message: format!(
                 "cannot mount at {}: {error}{}",
                 self.request.mountpoint.display(),
-                if error.raw_os_error() == Some(libc::EPERM) { " (mounting needs root or CAP_SYS_ADMIN)" } else { "" }
+                if error.raw_os_error() == Some(libc::EPERM) {
+                    " (mounting needs root or CAP_SYS_ADMIN)"
+                } else {
+                    ""
+                }
             ),
             exit_code: 1,
         })?;
         let mut init = vec![0; 1 << 16];
-        let length = rustix::io::read(&self.device, &mut init)
-            .map_err(|error| Failure { message: format!("no INIT from the kernel: {error}"), exit_code: 1 })?;
+        let length = rustix::io::read(&self.device, &mut init).map_err(|error| Failure {
+            message: format!("no INIT from the kernel: {error}"),
+            exit_code: 1,
+        })?;
         self.state
             .record_init(init.get(..length).unwrap_or_default())
             .map_err(Failure::of("cannot record INIT"))?;
@@ -186,7 +192,13 @@ impl Supervisor {
         if self.request.allow_other {
             options.push_str(",allow_other");
         }
-        syscall::mount_fuse(self.device.as_fd(), &self.request.fqrn, &self.request.mountpoint, flags, &options)
+        syscall::mount_fuse(
+            self.device.as_fd(),
+            &self.request.fqrn,
+            &self.request.mountpoint,
+            flags,
+            &options,
+        )
     }
 
     /// Restarts the worker whenever it dies, until the mount is gone or a signal ends it.
@@ -198,7 +210,10 @@ impl Supervisor {
                 End::Unmounted => return,
                 End::Signal => return self.end(worker),
                 End::Died(status) => {
-                    eprintln!("cvmfs-supervisor: {}: worker ended ({status}), starting another", self.request.fqrn);
+                    eprintln!(
+                        "cvmfs-supervisor: {}: worker ended ({status}), starting another",
+                        self.request.fqrn
+                    );
                 }
             }
             if started.elapsed() > HEALTHY {
@@ -214,7 +229,8 @@ impl Supervisor {
                 eprintln!("cvmfs-supervisor: {}: requests in flight are lost: {error}", self.request.fqrn);
             }
             worker = loop {
-                match self.spawn_worker().and_then(|mut worker| release_worker(&mut worker).map(|()| worker)) {
+                match self.spawn_worker().and_then(|mut worker| release_worker(&mut worker).map(|()| worker))
+                {
                     Ok(worker) => break worker,
                     Err(error) => {
                         eprintln!("cvmfs-supervisor: {}: cannot start a worker: {error}", self.request.fqrn);
@@ -231,7 +247,8 @@ impl Supervisor {
             return End::of(worker.wait());
         };
         loop {
-            let mut polled = [PollFd::new(&watched, PollFlags::IN), PollFd::new(&self.signals, PollFlags::IN)];
+            let mut polled =
+                [PollFd::new(&watched, PollFlags::IN), PollFd::new(&self.signals, PollFlags::IN)];
             let _ = poll(&mut polled, None);
             if !polled[0].revents().is_empty() {
                 return End::of(worker.wait());

@@ -69,13 +69,6 @@ pub(crate) fn replace_descriptor(device: BorrowedFd<'_>, place: BorrowedFd<'_>) 
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Lets `fd` survive exec, for descriptors that a child shall inherit.
-pub(crate) fn keep_across_exec(fd: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: F_SETFD changes only the descriptor's flags.
-    let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, 0) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
 /// Blocks SIGTERM, SIGINT and SIGHUP in this process and returns a descriptor that delivers them.
 pub(crate) fn signal_descriptor() -> io::Result<OwnedFd> {
     // SAFETY: the set is initialised by sigemptyset before use; signalfd's result is checked and owned once.
@@ -111,14 +104,6 @@ pub(crate) fn new_session() {
     // SAFETY: setsid has no memory effects; it fails harmlessly for a group leader.
     unsafe {
         libc::setsid();
-    }
-}
-
-/// Asks the kernel to kill this process when its parent dies.
-pub(crate) fn die_with_parent() {
-    // SAFETY: PR_SET_PDEATHSIG takes a signal number and has no memory effects.
-    unsafe {
-        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
     }
 }
 

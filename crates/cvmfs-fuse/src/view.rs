@@ -195,7 +195,8 @@ impl View {
             let located = Located { path, entry, catalog: catalog.clone() };
             entries.push((name, self.remember(&snapshot, located, deadline)?));
         }
-        let parent = if directory.id == ROOT { ROOT } else { self.parent_id(&snapshot, directory, deadline)? };
+        let parent =
+            if directory.id == ROOT { ROOT } else { self.parent_id(&snapshot, directory, deadline)? };
         let listing = Arc::new(Listing { entries, parent });
         let mut known = self.listings.lock().unwrap_or_else(PoisonError::into_inner);
         if self.changes() == before && listing.entries.len() <= MAX_LISTED {
@@ -332,8 +333,7 @@ fn build(snapshot: &Snapshot, mut located: Located, deadline: Deadline) -> Resul
     if let Some(leader) = snapshot.link_leader(&located, deadline)? {
         located.entry = leader;
     }
-    let chunks =
-        if located.entry.is_chunked() { snapshot.chunks(&located, deadline)? } else { Vec::new() };
+    let chunks = if located.entry.is_chunked() { snapshot.chunks(&located, deadline)? } else { Vec::new() };
     let id = node_id(&located.entry, &chunks);
     debug_assert!(id != ROOT || located.entry.path_hash == PathHash::of(b""));
     Ok(Node { id, located, chunks })

@@ -81,8 +81,7 @@ fn serve() -> Result<(), Failure> {
     let request: MountRequest = serde_json::from_str(&line).map_err(io::Error::from)?;
     log_file::start(&request)?;
     let state = Arc::new(SharedState::map(memory.as_fd())?);
-    let settings = load_settings(&request)?;
-    let options = options(&request, &settings);
+    let (settings, options) = load_settings(&request)?;
     let repository = match state.pin() {
         Some(pin) if state.is_answered() => {
             tracing::warn!(workers = state.workers(), "taking over from a worker that died");
@@ -131,29 +130,26 @@ fn inherited_descriptors() -> Result<(OwnedFd, OwnedFd), Failure> {
     let usage = || Failure { message: "started by hand; use `cvmfs-client mount`".into(), exit_code: 2 };
     let mut numbers = std::env::args().skip(3).map(|argument| argument.parse());
     match (numbers.next(), numbers.next()) {
-        (Some(Ok(device)), Some(Ok(memory))) => {
-            Ok((syscall::inherited(device).map_err(|_| usage())?, syscall::inherited(memory).map_err(|_| usage())?))
-        }
+        (Some(Ok(device)), Some(Ok(memory))) => Ok((
+            syscall::inherited(device).map_err(|_| usage())?,
+            syscall::inherited(memory).map_err(|_| usage())?,
+        )),
         _ => Err(usage()),
     }
 }
 
-fn load_settings(request: &MountRequest) -> Result<ClientSettings, Failure> {
+fn load_settings(request: &MountRequest) -> Result<(ClientSettings, Options), Failure> {
     let config = Config::load(&request.fqrn, &request.sources).map_err(ClientError::from)?;
-    Ok(ClientSettings::from(&config).map_err(ClientError::from)?)
-}
-
-fn options(request: &MountRequest, settings: &ClientSettings) -> Options {
-    let magic = if request.layer_view {
-        Visibility::Off
-    } else {
-        match settings.magic_xattrs_visibility.as_str() {
-            "never" => Visibility::Never,
-            "always" => Visibility::Always,
-            _ => Visibility::RootOnly,
-        }
+    let settings = ClientSettings::from(&config).map_err(ClientError::from)?;
+    let visibility = config.get("CVMFS_MAGIC_XATTRS_VISIBILITY").map(|setting| setting.value.as_str());
+    let magic = match visibility {
+        _ if request.layer_view => Visibility::Off,
+        Some("never") => Visibility::Never,
+        Some("always") => Visibility::Always,
+        _ => Visibility::RootOnly,
     };
-    Options { kernel_cache: settings.kcache_timeout, magic }
+    let kernel_cache = settings.kcache_timeout;
+    Ok((settings, Options { kernel_cache, magic }))
 }
 
 /// Shakes hands with the kernel, or with the record of the first handshake.
@@ -174,7 +170,8 @@ fn connect(mount: &Arc<Mount>, device: &OwnedFd) -> Result<Session<Adapter>, Fai
     let reply = reply.get(..length).unwrap_or_default();
     if state.is_answered() {
         if reply != state.reply() {
-            let message = "this version wants other connection settings than the mount has; mount again".into();
+            let message =
+                "this version wants other connection settings than the mount has; mount again".into();
             return Err(Failure { message, exit_code: 1 });
         }
     } else {
@@ -189,6 +186,10 @@ fn connect(mount: &Arc<Mount>, device: &OwnedFd) -> Result<Session<Adapter>, Fai
 /// Looks for newer revisions as often as the manifest says, until `stopped` hangs up.
 fn follow(mount: Arc<Mount>, device: OwnedFd, stopped: mpsc::Receiver<()>) -> std::thread::JoinHandle<()> {
     std::thread::spawn(move || {
+        if !mount.view.repository().settings().auto_update {
+            let _ = stopped.recv();
+            return;
+        }
         let mut wait = mount.view.repository().ttl().max(SHORTEST_TTL);
         while let Err(mpsc::RecvTimeoutError::Timeout) = stopped.recv_timeout(wait) {
             wait = match refresh(&mount, &device) {
