@@ -177,12 +177,17 @@ impl Dockerd {
         self.start()
     }
 
-    /// Stops gracefully; images, containers and plugins stay in the data root.
+    /// Stops gracefully and ends what is left; images, containers and plugins stay in the data root.
     pub fn stop(&mut self) {
+        self.stop_only();
+        self.end_rest();
+    }
+
+    /// Stops gracefully and leaves everything as the engine leaves it, for looking at it.
+    pub fn stop_only(&mut self) {
         if let Some(mut service) = self.service.take() {
             service.stop(STOP_TIMEOUT);
         }
-        self.end_rest();
     }
 
     /// SIGKILL for dockerd and its containerd; containers and plugin processes live on until the next start.

@@ -15,7 +15,7 @@ const CONFIG_TYPE: &str = "application/vnd.docker.container.image.v1+json";
 const LAYER_TYPE: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
 
 /// The applets that the busybox image offers.
-const APPLETS: [&str; 22] = [
+const APPLETS: &[&str] = &[
     "sh",
     "cat",
     "ls",
@@ -38,6 +38,9 @@ const APPLETS: [&str; 22] = [
     "false",
     "mount",
     "id",
+    "xargs",
+    "wc",
+    "readlink",
 ];
 
 /// One layer.

@@ -189,6 +189,31 @@ pub fn compare_without(expected: &[TreeEntry], found: &[TreeEntry], ignored: &[&
     lines
 }
 
+/// What two file systems that hold the same tree must agree on: without times, block and link counts, and
+/// the sizes of directories.
+pub fn portable(entries: &[TreeEntry]) -> Vec<TreeEntry> {
+    let reduce = |entry: &TreeEntry| TreeEntry {
+        size: entry.size.filter(|_| entry.kind.as_deref() == Some("file")),
+        blocks: None,
+        mtime_ns: None,
+        nlink: None,
+        ino_group: None,
+        magic: None,
+        ..entry.clone()
+    };
+    entries.iter().map(reduce).collect()
+}
+
+/// The part of a tree at and below `directory`, as a tree of its own.
+pub fn subtree(entries: &[TreeEntry], directory: &str) -> Vec<TreeEntry> {
+    let directory = Path::new(directory);
+    let part = |entry: &TreeEntry| {
+        let inside = Path::new(&entry.path).strip_prefix(directory).ok()?;
+        Some(TreeEntry { path: Path::new("/").join(inside).into_os_string(), ..entry.clone() })
+    };
+    entries.iter().filter_map(part).collect()
+}
+
 struct Walk {
     root: PathBuf,
     first: HashMap<u64, OsString>,

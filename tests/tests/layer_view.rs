@@ -1,0 +1,58 @@
+//! `-o layer_view`: the whiteouts of container layers that foreign publishers stored as plain files work as
+//! whiteouts under overlayfs.
+
+#![allow(clippy::unwrap_used, reason = "a story that cannot go on has failed")]
+
+mod common;
+
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+
+use common::{Overlay, assert_same, unpack_layers};
+use testkit::tree::portable;
+use testkit::{Fixture, MountBuilder, Origin, TreeEntry, compare, walk_tree};
+
+const LAYER1: &str = ".layers/35/35d1292a7e7f8b32a4436488b407e7273c04827f5aa9cbd09c568b5d165bb12d/layerfs";
+const LAYER2: &str = ".layers/2d/2df6ce4965948becf21f004d9c3875fc1e5b39aa36c74c5f9fbfb4b686d2003c/layerfs";
+
+#[test]
+fn whiteout_files_appear_as_overlayfs_understands_them() {
+    let fixture = Fixture::unpack("ingested-layers").unwrap();
+    let origin = Origin::serve(&fixture.storage).unwrap();
+    let config = fixture.client_config(&origin.url()).unwrap();
+    let mount = MountBuilder::new(&fixture.fqrn, &config).option("layer_view").mount().unwrap();
+    let layer = mount.path().join(LAYER2);
+
+    let hidden = std::fs::symlink_metadata(layer.join("etc/deleteme")).unwrap();
+    assert!(hidden.file_type().is_char_device() && hidden.rdev() == 0);
+    assert!(!layer.join("etc/.wh.deleteme").exists());
+    assert!(!layer.join("var/cache/.wh..wh..opq").exists());
+    let names: Vec<_> =
+        std::fs::read_dir(layer.join("var/cache")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names, ["new"]);
+    let mut value = [0_u8; 8];
+    let length = rustix::fs::getxattr(layer.join("var/cache"), "trusted.overlay.opaque", &mut value).unwrap();
+    assert_eq!(&value[..length], b"y");
+}
+
+#[test]
+fn two_layers_of_a_foreign_publisher_give_the_tree_that_an_engine_unpacks() {
+    let fixture = Fixture::unpack("ingested-layers").unwrap();
+    let origin = Origin::serve(&fixture.storage).unwrap();
+    let config = fixture.client_config(&origin.url()).unwrap();
+    let mount = MountBuilder::new(&fixture.fqrn, &config).option("layer_view").mount().unwrap();
+    let overlay = Overlay::of(&[&mount.path().join(LAYER2), &mount.path().join(LAYER1)]);
+
+    let tarball = |name: &str| std::fs::read(fixture.root().join("tarballs").join(name)).unwrap();
+    let reference = unpack_layers(&[&tarball("layer1.tar"), &tarball("layer2.tar")]);
+    // The root's own mode is in one tarball only, and the marker of a nested catalog in none.
+    let comparable = |entries: Vec<TreeEntry>| -> Vec<TreeEntry> {
+        portable(&entries)
+            .into_iter()
+            .filter(|entry| entry.path != "/" && entry.path != "/.cvmfscatalog")
+            .collect()
+    };
+    assert_same(&compare(
+        &comparable(walk_tree(reference.path().join("root"))),
+        &comparable(walk_tree(overlay.path())),
+    ));
+}

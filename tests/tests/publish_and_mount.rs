@@ -1,0 +1,150 @@
+//! What `cvmfs-publish` writes is what `cvmfs-client` shows, and an independent reader of the format agrees.
+
+#![allow(clippy::unwrap_used, reason = "a story that cannot go on has failed")]
+
+mod common;
+
+use std::process::Command;
+use std::time::Duration;
+
+use common::{Overlay, assert_same, assert_says, unpack_layers};
+use testkit::process::run;
+use testkit::tar::TarBuilder;
+use testkit::tree::{portable, read_manifest, subtree};
+use testkit::{MountBuilder, Published, TreeEntry, compare, walk_tree};
+
+/// Everything that a container layer may hold.
+fn rich_layer() -> TarBuilder {
+    let big: Vec<u8> =
+        (0..20_000_000_u32).map(|number| (number.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    TarBuilder::new()
+        .directory("bin", 0o755)
+        .file("bin/tool", 0o4755, b"#!/bin/sh\necho tool\n")
+        .hard_link("bin/alias", "bin/tool")
+        .symlink("bin/link", "tool")
+        .symlink("dangling", "/nowhere/at/all")
+        .directory("dev", 0o755)
+        .char_device("dev/null", 0o666, (1, 3))
+        .block_device("dev/disk", 0o660, (8, 1))
+        .fifo("dev/pipe", 0o600)
+        .directory("tmp", 0o1777)
+        .owner(1000, 2000)
+        .directory("home", 0o750)
+        .xattr("user.colour", b"blue\0green")
+        .file("home/with-xattr", 0o600, b"private")
+        .file("home/empty", 0o644, b"")
+        .file("home/\u{65e5}\u{672c}\u{8a9e}", 0o644, b"unicode")
+        .file(&format!("home/{}", "n".repeat(200)), 0o644, b"long name")
+        .file("home/big", 0o644, &big)
+}
+
+fn oracle(repository: &Published) -> Vec<TreeEntry> {
+    let mut command = Command::new("/usr/bin/python3");
+    command.arg(testkit::workspace_root().join("tests/oracle/read_repository.py"));
+    command.arg(&repository.storage).arg(&repository.fqrn).arg(repository.public_key());
+    let text = run(command, Duration::from_secs(120)).unwrap().success().unwrap();
+    read_manifest(text.as_bytes()).unwrap()
+}
+
+#[test]
+fn an_ingested_layer_is_mounted_as_it_was_packed() {
+    let tar = rich_layer().finish();
+    let repository = Published::create("roundtrip.example.org").unwrap();
+    let report = repository.ingest("layers/one", &tar, &["--catalog", "--xattrs"]).unwrap();
+    assert_eq!(report["fqrn"], "roundtrip.example.org");
+    assert!(report["entries"].as_u64().unwrap() >= 18, "{report}");
+    assert!(report["revision"].as_u64().unwrap() >= 2, "{report}");
+
+    let mount = MountBuilder::new(&repository.fqrn, &repository.client_config().unwrap()).mount().unwrap();
+    let shown = walk_tree(mount.path());
+    let layer = subtree(&shown, "/layers/one");
+    let reference = unpack_layers(&[&tar]);
+    let comparable = |entries: &[TreeEntry]| -> Vec<TreeEntry> {
+        portable(entries).into_iter().filter(|e| e.path != "/" && e.path != "/.cvmfscatalog").collect()
+    };
+    assert_same(&compare(&comparable(&walk_tree(reference.path().join("root"))), &comparable(&layer)));
+    let names = layer.iter().filter(|entry| entry.nlink == Some(2) && entry.ino_group.is_some()).count();
+    assert_eq!(names, 2, "both names of the hard link share an inode");
+}
+
+#[test]
+fn an_independent_reader_and_the_client_agree_on_a_published_repository() {
+    let repository = Published::create("oracle.example.org").unwrap();
+    repository.ingest("a/b/layer", &rich_layer().finish(), &["--catalog", "--xattrs"]).unwrap();
+    let mount = MountBuilder::new(&repository.fqrn, &repository.client_config().unwrap()).mount().unwrap();
+    assert_same(&compare(&oracle(&repository), &walk_tree(mount.path())));
+}
+
+#[test]
+fn each_hash_and_compression_is_published_and_read() {
+    for (hash, compression) in [("rmd160", "zlib"), ("shake128", "none"), ("sha1", "none")] {
+        let options = ["--hash", hash, "--compression", compression];
+        let repository = Published::create_with("variants.example.org", &options).unwrap();
+        let tar = TarBuilder::new().directory("d", 0o755).file("d/f", 0o644, b"content of f").finish();
+        repository.ingest("layer", &tar, &[]).unwrap();
+        repository.publish("check", &[]).unwrap().success().unwrap();
+        let config = repository.client_config().unwrap();
+        let mount = MountBuilder::new(&repository.fqrn, &config).mount().unwrap();
+        assert_eq!(std::fs::read(mount.path().join("layer/d/f")).unwrap(), b"content of f", "{hash}");
+        assert_same(&compare(&oracle(&repository), &walk_tree(mount.path())));
+    }
+}
+
+#[test]
+fn whiteouts_are_stored_so_that_layers_stack_under_overlayfs() {
+    let base = TarBuilder::new()
+        .directory("etc", 0o755)
+        .file("etc/keep", 0o644, b"keep")
+        .file("etc/gone", 0o644, b"gone")
+        .directory("cache", 0o755)
+        .file("cache/old", 0o644, b"old")
+        .directory("home", 0o755)
+        .directory("home/u", 0o700)
+        .file("home/u/f", 0o644, b"f")
+        .finish();
+    let top = TarBuilder::new()
+        .directory("etc", 0o755)
+        .file("etc/.wh.gone", 0o644, b"")
+        .directory("cache", 0o755)
+        .file("cache/.wh..wh..opq", 0o644, b"")
+        .file("cache/new", 0o644, b"new")
+        .directory("home", 0o755)
+        .file("home/.wh.u", 0o644, b"")
+        .finish();
+    let repository = Published::create("whiteouts.example.org").unwrap();
+    repository.ingest("layers/base", &base, &["--catalog"]).unwrap();
+    repository.ingest("layers/top", &top, &["--catalog"]).unwrap();
+    // Without the layer view: the stored form alone is right, for any client.
+    let mount = MountBuilder::new(&repository.fqrn, &repository.client_config().unwrap()).mount().unwrap();
+    let overlay = Overlay::of(&[&mount.path().join("layers/top"), &mount.path().join("layers/base")]);
+    let reference = unpack_layers(&[&base, &top]);
+    let comparable = |entries: Vec<TreeEntry>| -> Vec<TreeEntry> {
+        portable(&entries).into_iter().filter(|e| e.path != "/" && e.path != "/.cvmfscatalog").collect()
+    };
+    assert_same(&compare(
+        &comparable(walk_tree(reference.path().join("root"))),
+        &comparable(walk_tree(overlay.path())),
+    ));
+}
+
+#[test]
+fn a_check_finds_a_damaged_object() {
+    let repository = Published::create("checked.example.org").unwrap();
+    repository.ingest("layer", &rich_layer().finish(), &["--catalog", "--xattrs"]).unwrap();
+    repository.publish("check", &[]).unwrap().success().unwrap();
+
+    let largest = walk_tree(repository.storage.join("data"))
+        .into_iter()
+        .max_by_key(|entry| entry.size.filter(|_| entry.kind.as_deref() == Some("file")))
+        .unwrap();
+    let name = largest.path.to_str().unwrap().trim_start_matches('/').to_owned();
+    let file = repository.storage.join("data").join(&name);
+    let mut bytes = std::fs::read(&file).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+
+    let finished = repository.publish("check", &[]).unwrap();
+    assert!(!finished.status.success(), "{}", finished.output());
+    assert_says(&finished.output(), &[&name.replace('/', ""), &name]);
+}

@@ -1,0 +1,109 @@
+//! Repositories written by the C++ tools, mounted with `cvmfs-client mount`, show what the C++ client shows:
+//! every line of the ground truth is met.
+
+#![allow(clippy::unwrap_used, reason = "a story that cannot go on has failed")]
+
+mod common;
+
+use common::assert_same;
+use testkit::{Fixture, Mount, MountBuilder, Origin, compare, walk_tree};
+
+/// The variables with which the ground truth was recorded; variant symbolic links show them.
+fn mount(fixture: &Fixture, origin: &Origin) -> Mount {
+    MountBuilder::new(&fixture.fqrn, &fixture.client_config(&origin.url()).unwrap())
+        .environment("PEER_ARCH", "x86_64-el9")
+        .environment("PEER_VER", "v1.0")
+        .mount()
+        .unwrap()
+}
+
+#[track_caller]
+fn meets_its_ground_truth(name: &str) {
+    let fixture = Fixture::unpack(name).unwrap();
+    assert!(!fixture.manifest.is_empty(), "{name} has no ground truth");
+    let origin = Origin::serve(&fixture.storage).unwrap();
+    let mount = mount(&fixture, &origin);
+    assert_same(&compare(&fixture.manifest, &walk_tree(mount.path())));
+    mount.unmount().unwrap();
+    assert!(!mount.is_mounted());
+}
+
+#[test]
+fn basic_sha1_meets_its_ground_truth() {
+    meets_its_ground_truth("basic-sha1");
+}
+
+#[test]
+fn shake128_meets_its_ground_truth() {
+    meets_its_ground_truth("shake128");
+}
+
+#[test]
+fn nocompress_meets_its_ground_truth() {
+    meets_its_ground_truth("nocompress");
+}
+
+#[test]
+fn chunked_meets_its_ground_truth() {
+    meets_its_ground_truth("chunked");
+}
+
+#[test]
+fn chunked_shake128_none_meets_its_ground_truth() {
+    meets_its_ground_truth("chunked-shake128-none");
+}
+
+#[test]
+fn hardlinks_meets_its_ground_truth() {
+    meets_its_ground_truth("hardlinks");
+}
+
+#[test]
+fn special_meets_its_ground_truth() {
+    meets_its_ground_truth("special");
+}
+
+#[test]
+fn xattrs_meets_its_ground_truth() {
+    meets_its_ground_truth("xattrs");
+}
+
+#[test]
+fn ingested_layers_meets_its_ground_truth() {
+    meets_its_ground_truth("ingested-layers");
+}
+
+#[test]
+fn what_was_read_once_is_read_again_from_the_cache_when_the_server_is_away() {
+    let fixture = Fixture::unpack("basic-sha1").unwrap();
+    let origin = Origin::serve(&fixture.storage).unwrap();
+    let mount = mount(&fixture, &origin);
+    assert_same(&compare(&fixture.manifest, &walk_tree(mount.path())));
+    let requests = origin.requests().len();
+    drop(origin);
+    assert_same(&compare(&fixture.manifest, &walk_tree(mount.path())));
+    let status = mount.status().unwrap();
+    assert_eq!(status["fqrn"], fixture.fqrn.as_str());
+    assert!(status["requests"].as_u64().unwrap() <= requests as u64 + 8, "{status}");
+    assert!(status["bytes_fetched"].as_u64().unwrap() > 0, "{status}");
+}
+
+#[test]
+fn many_objects_come_over_few_connections_and_none_comes_twice() {
+    let fixture = Fixture::unpack("basic-sha1").unwrap();
+    let origin = Origin::serve(&fixture.storage).unwrap();
+    let mount = mount(&fixture, &origin);
+    walk_tree(mount.path());
+    let requests = origin.requests();
+    let mut objects: Vec<_> = requests
+        .iter()
+        .filter(|request| request.path.contains("/data/"))
+        .map(|request| &request.path)
+        .collect();
+    let all = objects.len();
+    objects.sort();
+    objects.dedup();
+    assert!(all > 50, "{all} objects only");
+    assert_eq!(objects.len(), all, "an object was fetched twice");
+    assert!(origin.connections() <= 16, "{} connections for {all} objects", origin.connections());
+}

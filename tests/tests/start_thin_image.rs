@@ -1,0 +1,207 @@
+//! The main story: an engine with the managed plugin starts normal and thin images; files of thin images are
+//! fetched when they are opened.
+
+#![allow(clippy::unwrap_used, reason = "a story that cannot go on has failed")]
+
+mod common;
+
+use serde_json::Value;
+use testkit::image::busybox_layer;
+use testkit::managed_plugin::NAME;
+use testkit::tar::TarBuilder;
+use testkit::{Dockerd, Image, Published, Registry, ThinEngine};
+
+/// Lists everything in a container that its image brought, with hashes of the files.
+const LIST: &str = "cd /; for d in bin etc srv; do find $d | sort | xargs stat -c '%n %F %a %u %g %s %T'; done | \
+                    sed 's/directory [0-9]* /directory /' 2>/dev/null; \
+                    find bin etc/app srv -type f | sort | xargs sha256sum";
+
+/// A busybox with two more layers, the upper of which deletes and replaces.
+fn application(name: &str) -> Image {
+    let content: Vec<u8> = (0..3_000_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 20) as u8).collect();
+    let base = busybox_layer().unwrap();
+    let data = TarBuilder::new()
+        .directory("srv", 0o755)
+        .file("srv/data", 0o644, &content)
+        .file("srv/name", 0o644, name.as_bytes())
+        .file("srv/never-read", 0o644, &content[1000..])
+        .directory("etc/app", 0o755)
+        .file("etc/app/old", 0o644, b"old")
+        .directory("srv/cache", 0o755)
+        .file("srv/cache/stale", 0o644, b"stale");
+    let top = TarBuilder::new()
+        .directory("etc/app", 0o755)
+        .file("etc/app/.wh.old", 0o644, b"")
+        .file("etc/app/new", 0o640, b"new")
+        .directory("srv/cache", 0o755)
+        .file("srv/cache/.wh..wh..opq", 0o644, b"")
+        .file("srv/cache/fresh", 0o644, b"fresh");
+    Image::new([base.finish(), data.finish(), top.finish()])
+        .config(serde_json::json!({"Cmd": ["/bin/cat", "/srv/name"], "Env": ["PATH=/bin"]}))
+}
+
+struct World {
+    registry: Registry,
+    repository: Published,
+}
+
+impl World {
+    /// Pushes the application under this name and converts it; returns both references.
+    fn publish(&self, name: &str) -> (String, String) {
+        self.registry.push(name, "1", &application(name)).unwrap();
+        let normal = self.registry.reference(name, "1");
+        let thin = self.registry.reference(&format!("thin/{name}"), "1");
+        self.repository.convert(&normal, &["--output", &thin]).unwrap();
+        (normal, thin)
+    }
+
+    fn new(fqrn: &str) -> Self {
+        Self { registry: Registry::start().unwrap(), repository: Published::create(fqrn).unwrap() }
+    }
+}
+
+#[test]
+fn normal_and_thin_images_run_side_by_side_and_show_the_same_files() {
+    let world = World::new("stories.example.org");
+    let (normal, thin) = world.publish("app");
+    let engine = ThinEngine::start().unwrap();
+    engine.etc.add_published(&world.repository).unwrap();
+    let docker = &engine.dockerd;
+    assert_eq!(docker.docker(&["info", "--format", "{{.Driver}}"]).unwrap(), NAME);
+
+    let expected = docker.run(&[&normal, "/bin/sh", "-c", LIST]).unwrap();
+    assert!(expected.lines().count() > 40 && expected.contains("fresh"), "{expected}");
+    assert!(!expected.contains("stale") && !expected.contains("etc/app/old"), "{expected}");
+    assert_eq!(docker.run(&[&thin, "/bin/sh", "-c", LIST]).unwrap(), expected);
+    // The configuration of the image came along, and the descriptor is not seen.
+    assert_eq!(docker.run(&[&thin]).unwrap(), "app");
+    let finished = docker.run_output(&[&thin, "/bin/cat", "/thin.json"]).unwrap();
+    assert!(!finished.status.success(), "{}", finished.output());
+}
+
+#[test]
+fn a_thin_image_fetches_only_what_it_opens() {
+    let world = World::new("lazy.example.org");
+    let (_, thin) = world.publish("app");
+    let engine = ThinEngine::start().unwrap();
+    engine.etc.add_published(&world.repository).unwrap();
+    assert_eq!(engine.dockerd.run(&[&thin]).unwrap(), "app");
+    let fetched = world.repository.origin.bytes_sent();
+    assert!(fetched < 3_000_000, "{fetched} bytes for busybox and one small file");
+    let before = world.repository.origin.requests().len();
+    assert_eq!(engine.dockerd.run(&[&thin]).unwrap(), "app");
+    let more = world.repository.origin.requests().len() - before;
+    assert!(more <= 2, "{more} requests for a second start");
+}
+
+#[test]
+fn a_container_writes_to_its_own_layer_only() {
+    let world = World::new("writes.example.org");
+    let (_, thin) = world.publish("app");
+    let engine = ThinEngine::start().unwrap();
+    engine.etc.add_published(&world.repository).unwrap();
+    let docker = &engine.dockerd;
+    let script = "echo changed > /srv/name; rm /etc/app/new; mkdir /srv/cache/d; cat /srv/name; ls /etc/app";
+    assert_eq!(docker.run(&[&thin, "/bin/sh", "-c", script]).unwrap(), "changed");
+    assert_eq!(docker.run(&[&thin]).unwrap(), "app");
+}
+
+#[test]
+fn two_containers_of_two_thin_images_run_at_once_and_both_go_away() {
+    let world = World::new("two.example.org");
+    let (_, first) = world.publish("first");
+    let (_, second) = world.publish("second");
+    let engine = ThinEngine::start().unwrap();
+    engine.etc.add_published(&world.repository).unwrap();
+    let docker = &engine.dockerd;
+    let run = |name: &str, image: &str| {
+        docker.docker(&["run", "-d", "--network=host", "--name", name, image, "/bin/sleep", "1000"]).unwrap();
+    };
+    run("one", &first);
+    run("two", &second);
+    assert_eq!(docker.docker(&["exec", "one", "/bin/cat", "/srv/name"]).unwrap(), "first");
+    assert_eq!(docker.docker(&["exec", "two", "/bin/cat", "/srv/name"]).unwrap(), "second");
+
+    docker.docker(&["rm", "-f", "one"]).unwrap();
+    assert_eq!(docker.docker(&["exec", "two", "/bin/cat", "/srv/cache/fresh"]).unwrap(), "fresh");
+    docker.docker(&["rm", "-f", "two"]).unwrap();
+    docker.docker(&["rmi", &first, &second]).unwrap();
+    assert_eq!(docker.docker(&["images", "-q"]).unwrap(), "");
+    assert_eq!(docker.docker(&["ps", "-aq"]).unwrap(), "");
+}
+
+#[test]
+fn layers_built_on_a_thin_image_work() {
+    let world = World::new("build.example.org");
+    let (_, thin) = world.publish("app");
+    let engine = ThinEngine::start().unwrap();
+    engine.etc.add_published(&world.repository).unwrap();
+    let docker = &engine.dockerd;
+    docker
+        .docker(&[
+            "run",
+            "--network=host",
+            "--name",
+            "c",
+            &thin,
+            "/bin/sh",
+            "-c",
+            "echo more > /srv/more; rm /srv/name",
+        ])
+        .unwrap();
+    docker.docker(&["commit", "c", "derived:1"]).unwrap();
+    let shown =
+        docker.run(&["derived:1", "/bin/sh", "-c", "cat /srv/more /srv/cache/fresh; ls /srv"]).unwrap();
+    assert!(shown.starts_with("more\nfresh") && !shown.contains("name"), "{shown}");
+}
+
+#[test]
+fn a_thin_image_can_be_saved_and_loaded_and_pushed() {
+    let world = World::new("save.example.org");
+    let (_, thin) = world.publish("app");
+    let engine = ThinEngine::start().unwrap();
+    engine.etc.add_published(&world.repository).unwrap();
+    let docker = &engine.dockerd;
+    docker.docker(&["pull", &thin]).unwrap();
+    let archive = world.repository.scratch().join("saved.tar");
+    docker.docker(&["save", "-o", archive.to_str().unwrap(), &thin]).unwrap();
+    let digest = docker.docker(&["inspect", "--format", "{{.Id}}", &thin]).unwrap();
+    let pushed = world.registry.reference("thin/copy", "2");
+    docker.docker(&["tag", &thin, &pushed]).unwrap();
+    docker.docker(&["push", &pushed]).unwrap();
+    let original = world.registry.manifest("thin/app", "1").unwrap();
+    let copy = world.registry.manifest("thin/copy", "2").unwrap();
+    assert_eq!(copy["config"]["digest"], original["config"]["digest"], "{copy}");
+    docker.docker(&["rmi", "-f", &digest]).unwrap();
+    docker.docker(&["load", "-i", archive.to_str().unwrap()]).unwrap();
+    assert_eq!(docker.docker(&["inspect", "--format", "{{.Id}}", &thin]).unwrap(), digest);
+    assert_eq!(docker.run(&[&thin]).unwrap(), "app");
+}
+
+#[test]
+fn the_engine_reports_the_state_of_the_driver() {
+    let world = World::new("status.example.org");
+    let (_, thin) = world.publish("app");
+    let engine = ThinEngine::start().unwrap();
+    engine.etc.add_published(&world.repository).unwrap();
+    engine.dockerd.run(&[&thin]).unwrap();
+    let text = engine.dockerd.docker(&["info", "--format", "{{json .DriverStatus}}"]).unwrap();
+    let rows: Vec<(String, String)> = serde_json::from_str(&text).unwrap();
+    let names: Vec<_> = rows.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(&names[..3], ["Backing Filesystem", "Supports d_type", "Native Overlay Diff"]);
+    assert!(text.contains("status.example.org"), "{text}");
+}
+
+#[test]
+fn a_normal_image_is_the_same_as_on_overlay2() {
+    let registry = Registry::start().unwrap();
+    registry.push("app", "1", &application("app")).unwrap();
+    let image = registry.reference("app", "1");
+    let overlay2 = Dockerd::builder().start().unwrap();
+    let expected = overlay2.run(&[&image, "/bin/sh", "-c", LIST]).unwrap();
+    drop(overlay2);
+    let engine = ThinEngine::start().unwrap();
+    assert_eq!(engine.dockerd.run(&[&image, "/bin/sh", "-c", LIST]).unwrap(), expected);
+    let inspect: Value = serde_json::from_str(&engine.dockerd.docker(&["inspect", &image]).unwrap()).unwrap();
+    assert_eq!(inspect[0]["GraphDriver"]["Name"], NAME);
+}

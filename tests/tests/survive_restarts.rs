@@ -1,0 +1,126 @@
+//! What was running or stored before the engine or the plugin ended is there afterwards.
+
+#![allow(clippy::unwrap_used, reason = "a story that cannot go on has failed")]
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use testkit::process::{kill, wait_until};
+use testkit::{Image, Published, Registry, ThinEngine, managed_plugin};
+
+struct World {
+    engine: ThinEngine,
+    repository: Published,
+    thin: String,
+    normal: String,
+    // Needed by later pulls.
+    _registry: Registry,
+}
+
+fn world(fqrn: &str) -> World {
+    let registry = Registry::start().unwrap();
+    let image = Image::busybox().unwrap().layer(
+        testkit::tar::TarBuilder::new()
+            .directory("srv", 0o755)
+            .file("srv/name", 0o644, b"thin")
+            .file("srv/other", 0o644, b"read later")
+            .finish(),
+    );
+    registry.push("app", "1", &image).unwrap();
+    let repository = Published::create(fqrn).unwrap();
+    let (normal, thin) = (registry.reference("app", "1"), registry.reference("thin/app", "1"));
+    repository.convert(&normal, &["--output", &thin]).unwrap();
+    let engine = ThinEngine::start().unwrap();
+    engine.etc.add_published(&repository).unwrap();
+    World { engine, repository, thin, normal, _registry: registry }
+}
+
+impl World {
+    fn docker(&self, arguments: &[&str]) -> String {
+        self.engine.dockerd.docker(arguments).unwrap()
+    }
+
+    fn run(&self, image: &str) -> String {
+        self.engine.dockerd.run(&[image, "/bin/cat", "/srv/name"]).unwrap()
+    }
+}
+
+#[test]
+fn images_and_containers_work_again_after_the_engine_was_restarted() {
+    let mut world = world("restart.example.org");
+    world.docker(&["create", "--network=host", "--name", "c", &world.thin, "/bin/cat", "/srv/name"]);
+    assert_eq!(world.run(&world.thin), "thin");
+    assert_eq!(world.docker(&["start", "-a", "c"]), "thin");
+
+    world.engine.dockerd.restart().unwrap();
+    assert_eq!(world.docker(&["start", "-a", "c"]), "thin");
+    assert_eq!(world.run(&world.thin), "thin");
+    assert_eq!(world.run(&world.normal), "thin");
+    world.docker(&["rm", "c"]);
+    world.docker(&["rmi", &world.thin, &world.normal]);
+}
+
+#[test]
+fn images_and_containers_work_again_after_the_engine_was_killed() {
+    let mut world = world("killed.example.org");
+    world.docker(&["run", "-d", "--network=host", "--name", "c", &world.thin, "/bin/sleep", "1000"]);
+    world.engine.dockerd.kill();
+    world.engine.dockerd.start().unwrap();
+    world.docker(&["rm", "-f", "c"]);
+    assert_eq!(world.run(&world.thin), "thin");
+    assert_eq!(world.run(&world.normal), "thin");
+}
+
+#[test]
+fn a_killed_plugin_process_answers_again_without_init_and_containers_go_on() {
+    let world = world("plugin.example.org");
+    world.docker(&["run", "-d", "--network=host", "--name", "c", &world.thin, "/bin/sleep", "1000"]);
+    let plugin = main_process(&world.engine);
+    kill(plugin, Signal::KILL);
+    wait_until("the engine starts the plugin again", Duration::from_secs(30), || {
+        let found = serve_processes(&world.engine);
+        !found.is_empty() && !found.contains(&plugin)
+    })
+    .unwrap();
+
+    assert_eq!(world.docker(&["exec", "c", "/bin/cat", "/srv/other"]), "read later", "the container goes on");
+    assert_eq!(world.run(&world.thin), "thin");
+    assert_eq!(world.run(&world.normal), "thin");
+    world.docker(&["rm", "-f", "c"]);
+}
+
+#[test]
+fn a_stopped_engine_leaves_neither_mounts_nor_processes() {
+    let mut world = world("stop.example.org");
+    world.docker(&["run", "-d", "--network=host", "--name", "c", &world.thin, "/bin/sleep", "1000"]);
+    let mount = world.engine.propagated_mount().unwrap();
+    assert!(!testkit::mounts::below(&mount).is_empty());
+    let started = Instant::now();
+    world.engine.dockerd.stop_only();
+    assert!(started.elapsed() < Duration::from_secs(40), "stopping took {:?}", started.elapsed());
+    let left: Vec<_> =
+        testkit::mounts::below(&mount).into_iter().filter(|m| m.kind.starts_with("fuse")).collect();
+    assert!(left.is_empty(), "{left:?}");
+    wait_until("the plugin's processes end", Duration::from_secs(10), || {
+        managed_plugin::processes(&world.engine.dockerd).is_empty()
+    })
+    .unwrap();
+    assert!(world.repository.origin.requests().len() > 3);
+}
+
+/// The processes that run `cvmfs-graphdriver serve`, without those that serve mounts.
+fn serve_processes(engine: &ThinEngine) -> Vec<u32> {
+    let serves = |pid: &u32| {
+        std::fs::read(format!("/proc/{pid}/cmdline"))
+            .is_ok_and(|line| line.split(|byte| *byte == 0).nth(1) == Some(b"serve"))
+    };
+    managed_plugin::processes(&engine.dockerd).into_iter().filter(serves).collect()
+}
+
+fn main_process(engine: &ThinEngine) -> u32 {
+    let found = serve_processes(engine);
+    assert_eq!(found.len(), 1, "{found:?}");
+    found[0]
+}
