@@ -179,7 +179,7 @@ impl Download {
             headers,
             body: Body::Empty,
             object: &self.blob.object,
-            deadline: self.transport.deadlines.document,
+            deadline: self.transport.deadlines().document,
         };
         let response = self.transport.send(&call).await?;
         match response.status() {
@@ -202,8 +202,8 @@ impl Download {
             }
             let started = Instant::now();
             let rest =
-                self.transport.deadlines.transfer(self.blob.descriptor.size).saturating_sub(self.waited);
-            let patience = rest.min(self.transport.deadlines.idle);
+                self.transport.deadlines().transfer(self.blob.descriptor.size).saturating_sub(self.waited);
+            let patience = rest.min(self.transport.deadlines().idle);
             let chunk = tokio::select! {
                 chunk = tokio::time::timeout(patience, response.chunk()) => chunk,
                 () = self.transport.cancellation() => return Err(Interruption::Final(RegistryError::Cancelled)),
@@ -271,7 +271,7 @@ impl Download {
 
     /// After the last byte nothing may follow.
     async fn expect_end(&self, mut response: Response, host: String) -> Result<(), Interruption> {
-        match tokio::time::timeout(self.transport.deadlines.idle, response.chunk()).await {
+        match tokio::time::timeout(self.transport.deadlines().idle, response.chunk()).await {
             Ok(Ok(Some(piece))) if !piece.is_empty() => {
                 Err(Interruption::Final(self.wrong_size(host, self.received + piece.len() as u64)))
             }

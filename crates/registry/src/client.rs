@@ -112,6 +112,13 @@ impl Client {
         Ok(Self { runtime: Arc::new(runtime), transport: Arc::new(transport), endpoint: settings.endpoint })
     }
 
+    /// A client that shares connections and tokens with this one, but can be cancelled
+    /// alone. Cancelling this one cancels its branches too.
+    #[must_use]
+    pub fn branch(&self) -> Self {
+        Self { transport: Arc::new(self.transport.branch()), ..self.clone() }
+    }
+
     /// A handle to cancel the work of this client from another thread.
     pub fn canceller(&self) -> Canceller {
         Canceller(self.transport.clone())
@@ -319,7 +326,7 @@ impl Client {
         }
         let host = authority(response.url());
         let mut bytes = Vec::new();
-        let idle = self.transport.deadlines.idle;
+        let idle = self.transport.deadlines().idle;
         loop {
             let chunk = tokio::select! {
                 chunk = tokio::time::timeout(idle, response.chunk()) => chunk,
@@ -367,7 +374,7 @@ impl Client {
         target.query_pairs_mut().append_pair("digest", &digest.to_string());
         let mut call = self.call(Method::PUT, target, reference, Access::PullPush, object);
         call.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
-        call.deadline += self.transport.deadlines.transfer(body.length());
+        call.deadline += self.transport.deadlines().transfer(body.length());
         call.body = body;
         let response = self.transport.send(&call).await?;
         if response.status().is_success() { Ok(()) } else { Err(refusal(object, response).await) }
@@ -381,7 +388,7 @@ impl Client {
         access: Access,
         object: &'a str,
     ) -> Call<'a> {
-        let deadline = self.transport.deadlines.document;
+        let deadline = self.transport.deadlines().document;
         Call {
             method,
             url,

@@ -61,6 +61,11 @@ impl Endpoint {
         (transport, authority(&self.base))
     }
 
+    /// The URL as users write it, without a slash at the end.
+    pub fn as_str(&self) -> &str {
+        self.base.as_str().trim_end_matches('/')
+    }
+
     /// The URL of something below a repository; `rest` consists of characters that need
     /// no escaping (digests, tags, fixed words).
     pub(crate) fn url(&self, reference: &Reference, rest: &str) -> Url {

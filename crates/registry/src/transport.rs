@@ -1,12 +1,14 @@
 //! One request to a registry, with authentication, redirects, retries and a deadline.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use reqwest::header::{AUTHORIZATION, HeaderMap, LOCATION, RETRY_AFTER};
 use reqwest::{Method, Response, StatusCode, Url};
 use serde::Deserialize;
+use tokio::sync::watch;
 
 use crate::auth::{Access, Authenticator};
 use crate::credentials::Credentials;
@@ -27,13 +29,20 @@ const MAX_CHALLENGES: u32 = 2;
 /// An error document of a registry; only its beginning is shown.
 const MAX_ERROR_BYTES: usize = 64 << 10;
 
-/// The state shared by all requests.
+/// Sends requests and can be told to stop.
 #[derive(Debug)]
 pub(crate) struct Transport {
-    pub(crate) http: HttpClients,
-    pub(crate) deadlines: Deadlines,
+    shared: Arc<Shared>,
+    /// One for each client that this one was branched off, its own last.
+    cancelled: Vec<watch::Sender<bool>>,
+}
+
+/// Connections and tokens, shared by all branches of a client.
+#[derive(Debug)]
+struct Shared {
+    http: HttpClients,
+    deadlines: Deadlines,
     authenticator: Authenticator,
-    cancelled: tokio::sync::watch::Sender<bool>,
 }
 
 /// A request that can be sent again.
@@ -75,20 +84,39 @@ impl Body {
 
 impl Transport {
     pub(crate) fn new(http: HttpClients, deadlines: Deadlines, credentials: Credentials) -> Self {
-        let (cancelled, _) = tokio::sync::watch::channel(false);
-        Self { http, deadlines, authenticator: Authenticator::new(credentials), cancelled }
+        let authenticator = Authenticator::new(credentials);
+        Self {
+            shared: Arc::new(Shared { http, deadlines, authenticator }),
+            cancelled: vec![watch::Sender::new(false)],
+        }
+    }
+
+    /// A transport that can be cancelled alone, and is cancelled with this one.
+    pub(crate) fn branch(&self) -> Self {
+        let mut cancelled = self.cancelled.clone();
+        cancelled.push(watch::Sender::new(false));
+        Self { shared: self.shared.clone(), cancelled }
+    }
+
+    pub(crate) fn deadlines(&self) -> &Deadlines {
+        &self.shared.deadlines
     }
 
     /// Makes all waits end with [`RegistryError::Cancelled`].
     pub(crate) fn cancel(&self) {
-        self.cancelled.send_replace(true);
+        if let Some(own) = self.cancelled.last() {
+            own.send_replace(true);
+        }
     }
 
-    /// Returns once [`cancel`](Self::cancel) was called.
+    /// Returns once [`cancel`](Self::cancel) was called here or on what this was branched off.
     pub(crate) async fn cancellation(&self) {
-        let mut watch = self.cancelled.subscribe();
-        // The sender lives as long as `self`.
-        let _ = watch.wait_for(|cancelled| *cancelled).await;
+        let any = self.cancelled.iter().map(|sender| {
+            let mut watch = sender.subscribe();
+            // The sender lives as long as `self`.
+            Box::pin(async move { drop(watch.wait_for(|cancelled| *cancelled).await) })
+        });
+        futures_util::future::select_all(any).await;
     }
 
     /// Sends a request until it is answered with something else than 401, 429 or 5xx.
@@ -137,8 +165,9 @@ impl Transport {
             let headers = response.headers().clone();
             // Read to the end so that the connection can be used again.
             let _ = error_detail(response).await;
-            self.authenticator
-                .answer(&self.http, &call.url, call.reference, call.access, &headers, call.object)
+            self.shared
+                .authenticator
+                .answer(&self.shared.http, &call.url, call.reference, call.access, &headers, call.object)
                 .await?;
         }
     }
@@ -176,9 +205,9 @@ impl Transport {
 
     async fn send_once(&self, call: &Call<'_>, url: &Url) -> Result<Response, RegistryError> {
         let mut request =
-            self.http.to(url).request(call.method.clone(), url.clone()).headers(call.headers.clone());
+            self.shared.http.to(url).request(call.method.clone(), url.clone()).headers(call.headers.clone());
         if same_origin(url, &call.url)
-            && let Some(header) = self.authenticator.header(call.reference, call.access)
+            && let Some(header) = self.shared.authenticator.header(call.reference, call.access)
         {
             request = request.header(AUTHORIZATION, header);
         }
@@ -196,7 +225,8 @@ impl Transport {
             }
         };
         // The answer to an upload comes after its last byte.
-        let wait = if bytes == 0 { self.deadlines.idle } else { self.deadlines.transfer(bytes) };
+        let wait =
+            if bytes == 0 { self.shared.deadlines.idle } else { self.shared.deadlines.transfer(bytes) };
         match tokio::time::timeout(wait, request.send()).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(error)) => Err(network(call.object, url, &error)),

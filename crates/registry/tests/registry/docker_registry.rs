@@ -70,7 +70,7 @@ fn what_we_push_other_tools_and_we_can_pull() {
 
     let image = client.image(&reference, &Platform::host()).unwrap();
     assert_eq!(seen["Digest"], image.digest.to_string());
-    assert_eq!(image.manifest.layers, [layer.clone()]);
+    assert_eq!(image.manifest.layers, std::slice::from_ref(&layer));
     let (_, config) = client.config(&reference, &image.manifest).unwrap();
     let reader = client.blob(&reference, &layer).unwrap();
     let mut unpacked = Vec::new();
@@ -234,5 +234,5 @@ fn a_login_file_is_used() {
     std::fs::write(&file, format!(r#"{{"auths":{{"{}":{{"auth":"bWU6aHVudGVyMg=="}}}}}}"#, registry.address))
         .unwrap();
     let tar = layer_tar();
-    push(&client(Credentials::from_files(vec![file.clone()])), &reference, &gzip(&tar), &tar).unwrap();
+    push(&client(Credentials::from_files(vec![file])), &reference, &gzip(&tar), &tar).unwrap();
 }

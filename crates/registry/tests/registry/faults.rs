@@ -260,6 +260,19 @@ fn cancelling_ends_a_wait_at_once() {
 }
 
 #[test]
+fn a_branch_is_cancelled_alone_or_with_its_client() {
+    let script = Script::start(|_| Answer::new(200, r#"{"manifests":[]}"#));
+    let reference = script.reference("a/b");
+    let client = anonymous();
+    let (first, second) = (client.branch(), client.branch());
+    first.canceller().cancel();
+    assert!(matches!(first.manifest(&reference), Err(RegistryError::Cancelled)));
+    second.manifest(&reference).unwrap();
+    client.canceller().cancel();
+    assert!(matches!(second.branch().manifest(&reference), Err(RegistryError::Cancelled)));
+}
+
+#[test]
 fn credentials_do_not_follow_a_redirect_to_another_host() {
     let bytes = content();
     let served = bytes.clone();
