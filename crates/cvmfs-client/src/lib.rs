@@ -10,3 +10,6 @@ pub mod config;
 pub mod deadline;
 // pub mod snapshot;
 // pub mod repository;
+pub mod cache;
+pub mod network;
+pub mod store;

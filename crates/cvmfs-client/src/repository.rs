@@ -91,17 +91,16 @@ impl Repository {
     ///
     /// # Errors
     /// If the root catalog is neither cached nor to be had.
-    pub fn resume(settings: ClientSettings, clock: Arc<dyn Clock>, pin: Pin) -> Result<Repository, ClientError> {
+    pub fn resume(
+        settings: ClientSettings,
+        clock: Arc<dyn Clock>,
+        pin: Pin,
+    ) -> Result<Repository, ClientError> {
         let store = ObjectStore::open(&settings)?;
         let deadline = Deadline::after(OPEN_DEADLINE);
         let snapshot = Arc::new(Snapshot::pin(&settings.fqrn, &store, pin, None, deadline)?);
-        let state = State {
-            snapshot,
-            ttl: Duration::ZERO,
-            whitelist_expires: None,
-            last_error: None,
-            online: true,
-        };
+        let state =
+            State { snapshot, ttl: Duration::ZERO, whitelist_expires: None, last_error: None, online: true };
         Ok(Repository::with_state(settings, store, clock, state))
     }
 

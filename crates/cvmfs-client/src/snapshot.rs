@@ -177,8 +177,7 @@ impl Snapshot {
     ) -> Result<Option<Located>, ClientError> {
         let catalog = self.children_catalog(directory, deadline)?;
         let path = join(&directory.path, name);
-        let entry =
-            self.with_catalog(&catalog, deadline, |rows| Ok(rows.lookup(PathHash::of(&path))?))?;
+        let entry = self.with_catalog(&catalog, deadline, |rows| Ok(rows.lookup(PathHash::of(&path))?))?;
         Ok(entry.map(|entry| Located { path: path.into(), entry, catalog }))
     }
 
@@ -229,9 +228,11 @@ impl Snapshot {
     /// If the catalog cannot be loaded or its chunk list is not contiguous.
     pub fn chunks(&self, file: &Located, deadline: Deadline) -> Result<Vec<Chunk>, ClientError> {
         let entry = &file.entry;
-        self.with_catalog(&file.catalog, deadline, |rows| {
-            Ok(rows.chunks(entry.path_hash, entry.algorithm())?)
-        })
+        self.with_catalog(
+            &file.catalog,
+            deadline,
+            |rows| Ok(rows.chunks(entry.path_hash, entry.algorithm())?),
+        )
     }
 
     /// The first row (by row number) of the hard link group of `file`; the file itself
@@ -367,10 +368,9 @@ impl Snapshot {
     fn load(&self, catalog: &AttachedCatalog, deadline: Deadline) -> Result<Catalog, ClientError> {
         let name = ObjectName::new(catalog.hash, ObjectKind::Catalog);
         let size = (catalog.size > 0).then_some(catalog.size);
-        let object = self
-            .store
-            .object(&name, Compression::Zlib, size, deadline)
-            .map_err(|error| ClientError::catalog_missing(&self.fqrn, &catalog.mountpoint, catalog.hash, error))?;
+        let object = self.store.object(&name, Compression::Zlib, size, deadline).map_err(|error| {
+            ClientError::catalog_missing(&self.fqrn, &catalog.mountpoint, catalog.hash, error)
+        })?;
         let rows = crate::tree::open_catalog(&object)
             .map_err(|error| ClientError::catalog_unreadable(&self.fqrn, &catalog.mountpoint, error))?;
         if rows.root_prefix() != catalog.mountpoint() {

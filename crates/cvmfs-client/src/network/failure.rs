@@ -1,0 +1,210 @@
+//! What can go wrong with a request, and whom it blames (client behaviour §6).
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Why an object could not be fetched. Cheap to clone: everybody who waited for one download gets the same answer.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum FetchError {
+    /// Every server says that the object does not exist.
+    #[error("{object} does not exist on any server (last asked: {place})")]
+    NotFound {
+        /// What was asked for.
+        object: String,
+        /// The last server asked.
+        place: Place,
+    },
+    /// No server could be reached, or none answered as it should.
+    #[error("cannot fetch {object}: {cause} ({place}, {attempts} attempts)")]
+    Network {
+        /// What was asked for.
+        object: String,
+        /// Where the last attempt went.
+        place: Place,
+        /// What went wrong with the last attempt.
+        cause: Cause,
+        /// How many attempts were made.
+        attempts: u32,
+    },
+    /// The bytes are not those that the object's name promises, past caches and from every server.
+    #[error("{object} is corrupt: {reason} ({place})")]
+    Corrupt {
+        /// What was asked for.
+        object: String,
+        /// Where the last copy came from.
+        place: Place,
+        /// How it differs.
+        reason: String,
+    },
+    /// The caller's deadline passed first.
+    #[error("deadline passed while fetching {object} ({place}{})", last_problem(last))]
+    Deadline {
+        /// What was asked for.
+        object: String,
+        /// Where requests go at present.
+        place: Place,
+        /// The last failed attempt.
+        last: Option<Cause>,
+    },
+    /// The caller was interrupted.
+    #[error("interrupted while fetching {object}")]
+    Interrupted {
+        /// What was asked for.
+        object: String,
+    },
+    /// There is no room for the object, neither in the cache nor beside it.
+    #[error("no space for {object}: {reason}")]
+    NoSpace {
+        /// What was asked for.
+        object: String,
+        /// What is full.
+        reason: String,
+    },
+    /// A local file could not be written or read.
+    #[error("cannot store {object}: {source}")]
+    Local {
+        /// What was asked for.
+        object: String,
+        /// Why.
+        source: Arc<io::Error>,
+    },
+    /// The catalog promises something that this client refuses.
+    #[error("{object} is refused: {reason}")]
+    Refused {
+        /// What was asked for.
+        object: String,
+        /// The rule that is broken.
+        reason: String,
+    },
+}
+
+fn last_problem(last: &Option<Cause>) -> String {
+    last.as_ref().map_or(String::new(), |cause| format!("; last problem: {cause}"))
+}
+
+/// The host and the proxy of an attempt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// Base URL of the host.
+    pub host: String,
+    /// The proxy's address, or `DIRECT`.
+    pub proxy: String,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "host {}, proxy {}", self.host, self.proxy)
+    }
+}
+
+/// What went wrong with one attempt.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Cause {
+    /// The name of the host or proxy does not resolve.
+    #[error("name does not resolve: {0}")]
+    Resolve(String),
+    /// The connection was refused or not established in time.
+    #[error("cannot connect: {0}")]
+    Connect(String),
+    /// No certificate that this client trusts.
+    #[error("TLS certificate problem: {0}")]
+    Certificate(String),
+    /// Connected, but not a byte came within the time-out.
+    #[error("no answer within {} s", .0.as_secs())]
+    Silent(Duration),
+    /// Bytes came, but fewer than the low-speed limit.
+    #[error("slower than {limit} bytes/s for {} s", window.as_secs())]
+    TooSlow {
+        /// Bytes per second that were expected.
+        limit: u64,
+        /// Time over which they were counted.
+        window: Duration,
+    },
+    /// The connection was closed before the answer began.
+    #[error("connection closed before an answer: {0}")]
+    Closed(String),
+    /// The connection broke while the body was transferred.
+    #[error("body was cut: {0}")]
+    Cut(String),
+    /// The server answered with this status.
+    #[error("HTTP status {0}")]
+    Status(u16),
+    /// The proxy itself answered with this status.
+    #[error("HTTP status {0} from the proxy")]
+    ProxyStatus(u16),
+    /// A redirect that must not be followed.
+    #[error("redirected, and redirects are not followed (CVMFS_FOLLOW_REDIRECTS)")]
+    Redirect,
+    /// The body is not what was expected.
+    #[error("{0}")]
+    Corrupt(String),
+}
+
+/// Whom a failure blames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Blame {
+    Host,
+    Proxy,
+}
+
+impl Cause {
+    /// Whom this failure blames when it came through a proxy (`proxied`) or directly (client behaviour §6.1, §6.2).
+    pub(super) fn blame(&self, proxied: bool) -> Blame {
+        match self {
+            Self::Status(status) if is_host_status(*status) => Blame::Host,
+            Self::Redirect | Self::Certificate(_) | Self::Corrupt(_) => Blame::Host,
+            _ if proxied => Blame::Proxy,
+            _ => Blame::Host,
+        }
+    }
+
+    /// Whether the same URL is worth another attempt after a pause.
+    pub(super) fn is_transfer(&self) -> bool {
+        matches!(
+            self,
+            Self::Connect(_)
+                | Self::Silent(_)
+                | Self::TooSlow { .. }
+                | Self::Closed(_)
+                | Self::Cut(_)
+                | Self::Status(429 | 503)
+        )
+    }
+}
+
+/// Statuses that come from the host whichever way they came.
+fn is_host_status(status: u16) -> bool {
+    matches!(status, 400 | 404 | 410 | 429 | 500..=599)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_of_the_specification_decides_whom_a_failure_blames() {
+        let through_proxy = [
+            (Cause::Status(404), Blame::Host),
+            (Cause::Status(400), Blame::Host),
+            (Cause::Status(500), Blame::Host),
+            (Cause::Status(503), Blame::Host),
+            (Cause::Status(429), Blame::Host),
+            (Cause::Status(403), Blame::Proxy),
+            (Cause::Status(407), Blame::Proxy),
+            (Cause::ProxyStatus(503), Blame::Proxy),
+            (Cause::Connect(String::new()), Blame::Proxy),
+            (Cause::Silent(Duration::ZERO), Blame::Proxy),
+            (Cause::Cut(String::new()), Blame::Proxy),
+            (Cause::Corrupt(String::new()), Blame::Host),
+            (Cause::Certificate(String::new()), Blame::Host),
+        ];
+        for (cause, blame) in through_proxy {
+            assert_eq!(cause.blame(true), blame, "{cause}");
+            assert_eq!(cause.blame(false), Blame::Host, "{cause}");
+        }
+    }
+}

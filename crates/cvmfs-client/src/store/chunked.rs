@@ -1,0 +1,332 @@
+//! Files made of chunks: each chunk is fetched when it is first read, into one sparse file per content.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use cvmfs_format::catalog::Chunk;
+use cvmfs_format::compression::Compression;
+use cvmfs_format::hash::{ObjectKind, ObjectName};
+use futures_util::future::BoxFuture;
+use sha2::{Digest, Sha256};
+use tokio::sync::Semaphore;
+
+use super::flight::Flights;
+use super::part::{Part, Stored};
+use super::verify::{Verified, Wanted};
+use super::{LONGEST_DOWNLOAD, ObjectStore, describe, stored};
+use crate::cache::{CacheName, CachedFile};
+use crate::deadline::{Deadline, Patience};
+use crate::network::{FetchError, Request};
+
+/// Largest chunk in plain bytes. A chunk is verified in memory before it enters the file. Publishers cut at 16 MiB
+/// at most by default and 24 MiB with grafts; four times that is room for settings of sites.
+pub const MAX_CHUNK: u64 = 64 << 20;
+/// Most chunks of a file: at the default average of 8 MiB this is a file of 8 TiB.
+const MAX_CHUNKS: usize = 1 << 20;
+/// Memory for chunks being verified, of all files together, in units of [`UNIT`].
+const MEMORY_UNITS: usize = 4096;
+/// 64 KiB: 4096 of them are 256 MiB.
+const UNIT: u64 = 64 * 1024;
+/// Chunks of one read that are fetched at once.
+const PARALLEL: usize = 4;
+
+/// The content of a file that is stored in chunks (repository format §9.5).
+#[derive(Debug, Clone)]
+pub struct ChunkedFile {
+    /// The chunks in the order of their offsets, without gaps.
+    pub chunks: Vec<Chunk>,
+    /// The compression of all chunks.
+    pub compression: Compression,
+    /// Plain bytes of the file.
+    pub size: u64,
+}
+
+/// Everything about chunked files that a store keeps.
+#[derive(Debug)]
+pub(super) struct Assemblies {
+    /// Files in use, so that all who have one open share it.
+    open: Mutex<HashMap<CacheName, Weak<Assembly>>>,
+    chunks: Arc<Flights<(CacheName, usize), ChunkResult>>,
+    memory: Arc<Semaphore>,
+}
+
+/// `None` if the chunk is in the file, its bytes if there was no room.
+type ChunkResult = Result<Option<Arc<Vec<u8>>>, FetchError>;
+
+impl Assemblies {
+    pub(super) fn new() -> Self {
+        let memory = Arc::new(Semaphore::new(MEMORY_UNITS));
+        Self { open: Mutex::new(HashMap::new()), chunks: Flights::new(), memory }
+    }
+}
+
+#[derive(Debug)]
+struct Assembly {
+    name: CacheName,
+    chunks: Box<[Chunk]>,
+    compression: Compression,
+    size: u64,
+    backing: Backing,
+    /// The chunk after the last one that was read: a reader who asks for it is sequential.
+    expected: AtomicUsize,
+}
+
+#[derive(Debug)]
+enum Backing {
+    Complete(CachedFile),
+    Partial(Part),
+}
+
+/// An open file that is made of chunks. Clones are cheap and share the file.
+#[derive(Debug, Clone)]
+pub struct ChunkedHandle {
+    store: ObjectStore,
+    assembly: Arc<Assembly>,
+}
+
+impl ChunkedHandle {
+    pub(super) fn open(store: &ObjectStore, file: &ChunkedFile) -> Result<Self, FetchError> {
+        let name = content_name(file);
+        let object = || format!("chunked file {}", name.as_str());
+        if let Some(rule) = broken_rule(file) {
+            return Err(FetchError::Refused { object: object(), reason: rule });
+        }
+        let mut open = store.0.chunked.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(assembly) = open.get(&name).and_then(Weak::upgrade) {
+            return Ok(Self { store: store.clone(), assembly });
+        }
+        let backing = match store.0.cache.get(&name, Some(file.size)) {
+            Some(complete) => Backing::Complete(complete),
+            None => {
+                let part = Part::open(&store.0.cache, &name, file.size, file.chunks.len());
+                Backing::Partial(part.map_err(|error| failed(object(), error))?)
+            }
+        };
+        let assembly = Arc::new(Assembly {
+            name: name.clone(),
+            chunks: file.chunks.clone().into_boxed_slice(),
+            compression: file.compression,
+            size: file.size,
+            backing,
+            expected: AtomicUsize::new(0),
+        });
+        open.retain(|_, assembly| assembly.strong_count() > 0);
+        open.insert(name, Arc::downgrade(&assembly));
+        Ok(Self { store: store.clone(), assembly })
+    }
+
+    /// Plain bytes of the file.
+    pub fn size(&self) -> u64 {
+        self.assembly.size
+    }
+
+    /// Reads into `buffer` from `offset`, fetching the chunks that are missing. Returns the number of bytes: fewer
+    /// than asked for only at the end of the file.
+    ///
+    /// # Errors
+    /// [`FetchError`]; the wait ends with `patience` in any case.
+    pub fn read_at<'a>(
+        &self,
+        buffer: &mut [u8],
+        offset: u64,
+        patience: impl Into<Patience<'a>>,
+    ) -> Result<usize, FetchError> {
+        let patience = patience.into();
+        let end = offset.saturating_add(buffer.len() as u64).min(self.assembly.size);
+        let wanted = usize::try_from(end.saturating_sub(offset)).unwrap_or(0);
+        let Some(buffer) = buffer.get_mut(..wanted).filter(|buffer| !buffer.is_empty()) else { return Ok(0) };
+        let part = match &self.assembly.backing {
+            Backing::Complete(file) => {
+                use std::os::unix::fs::FileExt;
+                file.file.read_exact_at(buffer, offset).map_err(|error| self.failed(error))?;
+                return Ok(wanted);
+            }
+            Backing::Partial(part) => part,
+        };
+        let first = self.chunk_at(offset);
+        let last = self.chunk_at(end - 1);
+        let missing: Vec<usize> = (first..=last).filter(|chunk| !part.is_present(*chunk)).collect();
+        self.count(last - first + 1, missing.len());
+        let outside = self.fetch(part, &missing, patience)?;
+        for chunk in first..=last {
+            let Some(place) = self.assembly.chunks.get(chunk) else { continue };
+            let from = place.offset.max(offset);
+            let to = (place.offset + place.size).min(end);
+            let span = as_index(from - offset)..as_index(to - offset);
+            let piece = buffer.get_mut(span).unwrap_or_default();
+            match outside.get(&chunk) {
+                Some(bytes) => {
+                    let span = as_index(from - place.offset)..as_index(to - place.offset);
+                    piece.copy_from_slice(bytes.get(span).unwrap_or_default());
+                }
+                None => part.read_at(piece, from).map_err(|error| self.failed(error))?,
+            }
+        }
+        self.read_ahead(part, first, last);
+        Ok(wanted)
+    }
+
+    /// Whether all bytes are in the cache.
+    pub fn is_complete(&self) -> bool {
+        match &self.assembly.backing {
+            Backing::Complete(_) => true,
+            Backing::Partial(part) => part.is_complete(),
+        }
+    }
+
+    /// The file itself once it is complete, for FUSE passthrough.
+    pub fn complete_file(&self) -> Option<CachedFile> {
+        match &self.assembly.backing {
+            Backing::Complete(file) => file.try_clone().ok(),
+            Backing::Partial(part) => part.complete_file().ok().flatten(),
+        }
+    }
+
+    fn chunk_at(&self, offset: u64) -> usize {
+        self.assembly.chunks.partition_point(|chunk| chunk.offset <= offset).saturating_sub(1)
+    }
+
+    fn count(&self, touched: usize, missing: usize) {
+        let shared = &self.store.0;
+        shared.hits.fetch_add((touched - missing) as u64, Ordering::Relaxed);
+        shared.misses.fetch_add(missing as u64, Ordering::Relaxed);
+    }
+
+    /// Fetches chunks, some at once. Returns the bytes of those for which there was no room.
+    fn fetch(
+        &self,
+        part: &Part,
+        missing: &[usize],
+        patience: Patience<'_>,
+    ) -> Result<HashMap<usize, Arc<Vec<u8>>>, FetchError> {
+        let mut outside = HashMap::new();
+        for group in missing.chunks(PARALLEL) {
+            // The others of the group are on their way in the background while this thread takes them in order.
+            for chunk in group.iter().skip(1) {
+                self.launch(*chunk);
+            }
+            for chunk in group {
+                if part.look_up(*chunk) {
+                    continue;
+                }
+                if let Some(bytes) = self.fetch_chunk(*chunk, patience)? {
+                    outside.insert(*chunk, bytes);
+                }
+            }
+        }
+        Ok(outside)
+    }
+
+    fn fetch_chunk(&self, chunk: usize, patience: Patience<'_>) -> ChunkResult {
+        let shared = &self.store.0;
+        let key = (self.assembly.name.clone(), chunk);
+        let joined = shared.chunked.chunks.join(&key, &shared.fetcher, patience, || self.work(chunk));
+        let outcome = joined.unwrap_or_else(|leave| {
+            let object = self.object_name(chunk).map_or_else(String::new, |name| describe(&name));
+            Err(shared.fetcher.left(&object, leave))
+        });
+        if outcome.is_err() {
+            shared.failures.fetch_add(1, Ordering::Relaxed);
+        }
+        outcome
+    }
+
+    /// A sequential reader gets its next chunk before it asks.
+    fn read_ahead(&self, part: &Part, first: usize, last: usize) {
+        let expected = self.assembly.expected.swap(last + 1, Ordering::Relaxed);
+        let next = last + 1;
+        let is_sequential = first == expected || first + 1 == expected;
+        if is_sequential && next < self.assembly.chunks.len() && !part.is_present(next) {
+            self.launch(next);
+        }
+    }
+
+    fn launch(&self, chunk: usize) {
+        let shared = &self.store.0;
+        let key = (self.assembly.name.clone(), chunk);
+        shared.chunked.chunks.launch(&key, &shared.fetcher, || self.work(chunk));
+    }
+
+    fn work(&self, chunk: usize) -> BoxFuture<'static, ChunkResult> {
+        Box::pin(self.clone().download(chunk))
+    }
+
+    async fn download(self, chunk: usize) -> ChunkResult {
+        let (Backing::Partial(part), Some(place)) = (&self.assembly.backing, self.assembly.chunks.get(chunk))
+        else {
+            return Ok(None);
+        };
+        if part.look_up(chunk) {
+            return Ok(None);
+        }
+        let name = ObjectName::new(place.hash, ObjectKind::Chunk);
+        let wanted = Wanted { name, compression: self.assembly.compression, size: Some(place.size) };
+        let units = u32::try_from(place.size.div_ceil(UNIT)).unwrap_or(u32::MAX);
+        // The semaphore is never closed, and no chunk is larger than all of it.
+        let _memory = self.store.0.chunked.memory.acquire_many(units).await;
+        let mut sink = Verified::new(wanted, Vec::with_capacity(as_index(place.size)));
+        let request = Request { path: name.path(), object: describe(&name), max: wanted.max_stored() };
+        self.store.0.fetcher.transfer(&request, &mut sink, Deadline::after(LONGEST_DOWNLOAD)).await?;
+        let bytes = sink.into_target();
+        match part.store(chunk, place.offset, &bytes).map_err(|error| stored(&name, error))? {
+            Stored::Kept => Ok(None),
+            Stored::NoRoom => Ok(Some(Arc::new(bytes))),
+        }
+    }
+
+    fn object_name(&self, chunk: usize) -> Option<ObjectName> {
+        Some(ObjectName::new(self.assembly.chunks.get(chunk)?.hash, ObjectKind::Chunk))
+    }
+
+    fn failed(&self, error: io::Error) -> FetchError {
+        failed(format!("chunked file {}", self.assembly.name.as_str()), error)
+    }
+}
+
+/// The name of the file's content: a hash over the list of its chunks, which by their hashes determine its bytes.
+fn content_name(file: &ChunkedFile) -> CacheName {
+    let mut hash = Sha256::new();
+    hash.update(b"cvmfs chunk list 1");
+    hash.update([file.compression.id()]);
+    hash.update(file.size.to_le_bytes());
+    for chunk in &file.chunks {
+        hash.update(chunk.offset.to_le_bytes());
+        hash.update(chunk.size.to_le_bytes());
+        hash.update([chunk.hash.algorithm.id()]);
+        hash.update(chunk.hash.digest);
+    }
+    CacheName::assembled(&hash.finalize())
+}
+
+/// The rule that a chunk list breaks, if any.
+fn broken_rule(file: &ChunkedFile) -> Option<String> {
+    if file.chunks.len() > MAX_CHUNKS {
+        return Some(format!("{} chunks are more than {MAX_CHUNKS}", file.chunks.len()));
+    }
+    let mut end = 0_u64;
+    for chunk in &file.chunks {
+        if chunk.offset != end {
+            return Some(format!("chunk at {} where {end} was expected", chunk.offset));
+        }
+        if chunk.size == 0 || chunk.size > MAX_CHUNK {
+            return Some(format!("chunk of {} bytes; at most {MAX_CHUNK} are supported", chunk.size));
+        }
+        end = end.saturating_add(chunk.size);
+    }
+    (end != file.size).then(|| format!("chunks of {end} bytes for a file of {}", file.size))
+}
+
+/// An offset inside a chunk or a buffer, both of which are in memory.
+fn as_index(offset: u64) -> usize {
+    usize::try_from(offset).expect("offsets inside memory fit into usize")
+}
+
+fn failed(object: String, error: io::Error) -> FetchError {
+    if crate::cache::is_full(&error) {
+        FetchError::NoSpace { object, reason: error.to_string() }
+    } else {
+        FetchError::Local { object, source: Arc::new(error) }
+    }
+}

@@ -1,0 +1,126 @@
+//! The one pass over an object's bytes: hash what is stored, inflate, write what is plain.
+
+use std::io;
+
+use cvmfs_format::compression::{Compression, InflateError, Inflater};
+use cvmfs_format::hash::{Hasher, ObjectKind, ObjectName};
+
+use crate::cache::{Txn, is_full};
+use crate::network::{Sink, SinkError};
+
+/// Most plain bytes of a catalog or history database whose size is not stated anywhere that can be relied on
+/// (errata 17). The largest in the field have some hundred MiB.
+const MAX_DATABASE: u64 = 2 << 30;
+/// Most bytes of a certificate or of metainfo.
+const MAX_DOCUMENT: u64 = 1 << 20;
+/// Most plain bytes of a file without a stated size. Callers state it; this only bounds a mistake.
+const MAX_FILE: u64 = 1 << 40;
+
+/// The object to fetch and what is known about it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wanted {
+    pub(super) name: ObjectName,
+    pub(super) compression: Compression,
+    /// Plain bytes.
+    pub(super) size: Option<u64>,
+}
+
+impl Wanted {
+    /// Most plain bytes.
+    pub(super) fn max_plain(&self) -> u64 {
+        self.size.unwrap_or(match self.name.kind {
+            ObjectKind::Catalog | ObjectKind::History => MAX_DATABASE,
+            ObjectKind::Certificate | ObjectKind::Metainfo => MAX_DOCUMENT,
+            _ => MAX_FILE,
+        })
+    }
+
+    /// Most stored bytes: deflate adds at most about one thousandth, and bytes after the end of a stream are
+    /// tolerated (errata 7); anything beyond this slack is not the object.
+    pub(super) fn max_stored(&self) -> u64 {
+        let plain = self.max_plain();
+        match self.compression {
+            Compression::None => plain,
+            _ => plain.saturating_add(plain / 8).saturating_add(64 * 1024),
+        }
+    }
+}
+
+/// Where plain bytes go.
+pub(super) trait Target: io::Write + Send {
+    /// Forget everything so far.
+    fn restart(&mut self) -> io::Result<()>;
+}
+
+impl Target for Txn {
+    fn restart(&mut self) -> io::Result<()> {
+        Txn::restart(self)
+    }
+}
+
+impl Target for Vec<u8> {
+    fn restart(&mut self) -> io::Result<()> {
+        self.clear();
+        Ok(())
+    }
+}
+
+/// Verifies a body against the name of its object while inflating it into a target.
+pub(super) struct Verified<T> {
+    wanted: Wanted,
+    state: Option<(Hasher, Inflater)>,
+    target: T,
+}
+
+impl<T: Target> Verified<T> {
+    pub(super) fn new(wanted: Wanted, target: T) -> Self {
+        Self { wanted, state: None, target }
+    }
+
+    /// The plain bytes; only valid after [`Sink::finish`] succeeded.
+    pub(super) fn into_target(self) -> T {
+        self.target
+    }
+}
+
+impl<T: Target> Sink for Verified<T> {
+    fn begin(&mut self) -> Result<(), SinkError> {
+        self.target.restart().map_err(local)?;
+        let hasher = Hasher::new(self.wanted.name.hash.algorithm);
+        self.state = Some((hasher, Inflater::new(self.wanted.compression, self.wanted.max_plain())));
+        Ok(())
+    }
+
+    fn write(&mut self, piece: &[u8]) -> Result<(), SinkError> {
+        let Some((hasher, inflater)) = &mut self.state else {
+            return Err(SinkError::Corrupt("body without a beginning".to_owned()));
+        };
+        hasher.update(piece);
+        inflater.write(piece, &mut self.target).map_err(|error| match error {
+            InflateError::Write(error) => local(error),
+            other => SinkError::Corrupt(other.to_string()),
+        })
+    }
+
+    fn finish(&mut self) -> Result<(), SinkError> {
+        let Some((hasher, inflater)) = self.state.take() else {
+            return Err(SinkError::Corrupt("body without a beginning".to_owned()));
+        };
+        let found = hasher.finish();
+        let expected = self.wanted.name.hash;
+        if found != expected {
+            return Err(SinkError::Corrupt(format!("content hash is {found} instead of {expected}")));
+        }
+        let plain = inflater.finish().map_err(|error| SinkError::Corrupt(error.to_string()))?;
+        match self.wanted.size {
+            Some(size) if size != plain => {
+                Err(SinkError::Corrupt(format!("{plain} plain bytes instead of {size}")))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn local(error: io::Error) -> SinkError {
+    if is_full(&error) { SinkError::NoSpace(error.to_string()) } else { SinkError::Local(error) }
+}
