@@ -79,6 +79,7 @@ fn descriptors_that_are_not_acceptable_are_refused_with_the_reason() {
     let mut large = descriptor(&[]);
     large.extend(std::iter::repeat_n(b' ', 2 << 20));
     world.fails(&large, &["larger than"]);
+    world.fails(b"{ not json", &["not valid json"]);
 }
 
 #[test]

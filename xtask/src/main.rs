@@ -6,6 +6,7 @@ mod build;
 mod demo;
 mod dist;
 mod plugin;
+mod scene;
 mod test;
 
 use std::path::PathBuf;

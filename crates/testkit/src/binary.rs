@@ -1,9 +1,17 @@
 //! Where the workspace and its binaries are.
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 /// Overrides the directory in which [`binary`] looks.
 pub const BINARY_DIRECTORY_VARIABLE: &str = "CVMFS_BIN_DIR";
+
+static CHOSEN: OnceLock<PathBuf> = OnceLock::new();
+
+/// From now on [`binary`] looks in this directory. The first call counts.
+pub fn use_binaries_of(directory: &Path) {
+    let _ = CHOSEN.set(directory.to_owned());
+}
 
 /// The root of the workspace, that is the directory of the workspace's `Cargo.toml`.
 pub fn workspace_root() -> &'static Path {
@@ -13,8 +21,11 @@ pub fn workspace_root() -> &'static Path {
         .expect("testkit lies two levels below the workspace root")
 }
 
-/// The directory in which cargo puts binaries of the profile that this process was built with.
+/// The directory that was chosen, or in which cargo puts binaries of the profile that this process was built with.
 pub fn binary_directory() -> PathBuf {
+    if let Some(directory) = CHOSEN.get() {
+        return directory.clone();
+    }
     if let Some(directory) = std::env::var_os(BINARY_DIRECTORY_VARIABLE) {
         return PathBuf::from(directory);
     }

@@ -135,7 +135,8 @@ fn start_at(directory: &Path, port: u16) -> Result<(String, Service)> {
     Ok((address, service))
 }
 
-fn free_port() -> Result<u16> {
+/// A port of 127.0.0.1 that nobody listened on a moment ago.
+pub fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 

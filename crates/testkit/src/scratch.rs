@@ -5,8 +5,8 @@
 //! owner's process id is part of the name: what a killed run left is swept by the next one.
 
 use std::path::{Path, PathBuf};
-use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Once, OnceLock};
 
 use anyhow::{Context as _, Result};
 use rustix::process::Signal;
@@ -18,6 +18,18 @@ const PREFIX: &str = "cvmfs-scratch-";
 /// What an engine starts, by the beginning of the process name.
 const ENGINE_PROGRAMS: [&str; 4] = ["dockerd", "containerd", "runc", "docker-registry"];
 
+static BASE: OnceLock<PathBuf> = OnceLock::new();
+
+/// From now on [`ScratchDir::new`] makes its directories below this one instead of `target/tmp`. The first
+/// call counts.
+pub fn use_base(directory: &Path) {
+    let _ = BASE.set(directory.to_owned());
+}
+
+fn base() -> PathBuf {
+    BASE.get().cloned().unwrap_or_else(|| workspace_root().join("target/tmp"))
+}
+
 /// A directory that is emptied of mounts and removed when dropped.
 #[derive(Debug)]
 pub struct ScratchDir {
@@ -26,9 +38,9 @@ pub struct ScratchDir {
 }
 
 impl ScratchDir {
-    /// A new directory below `target/tmp`; `name` is part of its name.
+    /// A new directory below `target/tmp` (or what [`use_base`] said); `name` is part of its name.
     pub fn new(name: &str) -> Result<Self> {
-        Self::below(&workspace_root().join("target/tmp"), name)
+        Self::below(&base(), name)
     }
 
     /// A new directory below `/run`, with a short path: a socket's path holds 107 bytes.
@@ -118,7 +130,7 @@ fn contains(haystack: &[u8], needle: &[u8]) -> bool {
 
 /// Removes what killed runs left: directories whose owner is no longer alive.
 fn sweep() {
-    for parent in [workspace_root().join("target/tmp"), PathBuf::from("/run")] {
+    for parent in [base(), PathBuf::from("/run")] {
         for entry in std::fs::read_dir(parent).into_iter().flatten().flatten() {
             let name = entry.file_name();
             let owner = name

@@ -147,9 +147,14 @@ pub fn read_manifest(source: impl Read) -> Result<Vec<TreeEntry>> {
 
 /// Examines a whole tree, reading every file. Errors become part of the entry that they concern.
 pub fn walk_tree(root: impl AsRef<Path>) -> Vec<TreeEntry> {
-    let mut walk = Walk { root: root.as_ref().to_owned(), first: HashMap::new(), entries: Vec::new() };
-    walk.visit(OsStr::new("/"));
-    walk.entries
+    Walk::of(root.as_ref(), None)
+}
+
+/// As [`walk_tree`], but directories on which another file system is mounted are left out, as `find -xdev`
+/// does: the tree of a running container without its `/proc`.
+pub fn walk_one_file_system(root: impl AsRef<Path>) -> Vec<TreeEntry> {
+    let device = std::fs::metadata(root.as_ref()).map(|meta| meta.dev()).ok();
+    Walk::of(root.as_ref(), device)
 }
 
 /// Compares two trees in every field; one line per difference, empty if there is none.
@@ -216,17 +221,35 @@ pub fn subtree(entries: &[TreeEntry], directory: &str) -> Vec<TreeEntry> {
 
 struct Walk {
     root: PathBuf,
+    device: Option<u64>,
     first: HashMap<u64, OsString>,
     entries: Vec<TreeEntry>,
 }
 
 impl Walk {
+    fn of(root: &Path, device: Option<u64>) -> Vec<TreeEntry> {
+        let mut walk = Self { root: root.to_owned(), device, first: HashMap::new(), entries: Vec::new() };
+        walk.visit(OsStr::new("/"));
+        walk.entries
+    }
+
+    /// Whether a directory lies on another file system than wanted. Only directories can be asked: an
+    /// overlay shows files with the device numbers of its layers.
+    fn is_elsewhere(&self, full: &Path) -> bool {
+        self.device.is_some_and(|device| {
+            std::fs::symlink_metadata(full).is_ok_and(|meta| meta.is_dir() && meta.dev() != device)
+        })
+    }
+
     fn visit(&mut self, path: &OsStr) {
         let mut full = self.root.clone().into_os_string();
         if path != "/" {
             full.push(path);
         }
         let full = PathBuf::from(full);
+        if self.is_elsewhere(&full) {
+            return;
+        }
         let index = self.entries.len();
         let entry = self.examine(&full, path).unwrap_or_else(|error| TreeEntry {
             path: path.to_owned(),

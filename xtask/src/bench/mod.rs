@@ -1,0 +1,141 @@
+//! Benchmarks, as ratios to the same work without CernVM-FS on the same machine at the same time.
+
+mod read;
+mod start;
+mod syscall;
+
+use anyhow::{Result, bail};
+use serde::Serialize;
+use testkit::{interrupt, scratch, workspace_root};
+
+use crate::build;
+
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Which: read (warm reads through overlayfs), start (docker run of a thin image); all if none is named
+    names: Vec<String>,
+    /// Print one JSON document instead of the table
+    #[arg(long)]
+    json: bool,
+}
+
+/// One line of the result.
+#[derive(Debug, Clone, Serialize)]
+pub struct Line {
+    /// What was measured.
+    pub name: String,
+    /// Unit of the two values.
+    pub unit: &'static str,
+    /// Median without CernVM-FS.
+    pub native: f64,
+    /// Median with it.
+    pub ours: f64,
+    /// Median over the rounds of the ratio of two neighbouring measurements: ours to native.
+    pub ratio: f64,
+    /// What the ratio has to meet.
+    pub goal: Goal,
+    /// Whether it does.
+    pub met: bool,
+}
+
+/// A bound on a ratio.
+#[derive(Debug, Clone, Copy, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Goal {
+    /// Throughput: at least this.
+    AtLeast(f64),
+    /// Time: at most this.
+    AtMost(f64),
+}
+
+impl Line {
+    /// Evaluates the rounds, each a pair of native and ours.
+    pub fn new(name: &str, unit: &'static str, goal: Goal, rounds: &[(f64, f64)]) -> Self {
+        let ratio = median(rounds.iter().map(|(native, ours)| ours / native).collect());
+        let met = match goal {
+            Goal::AtLeast(bound) => ratio >= bound,
+            Goal::AtMost(bound) => ratio <= bound,
+        };
+        Self {
+            name: name.to_owned(),
+            unit,
+            native: median(rounds.iter().map(|round| round.0).collect()),
+            ours: median(rounds.iter().map(|round| round.1).collect()),
+            ratio,
+            goal,
+            met,
+        }
+    }
+}
+
+/// Runs the named benchmarks.
+pub fn run(options: &Options) -> Result<()> {
+    for name in &options.names {
+        if !["read", "start"].contains(&name.as_str()) {
+            bail!("there is no benchmark {name}; there are: read, start");
+        }
+    }
+    let wanted = |name: &str| options.names.is_empty() || options.names.iter().any(|other| other == name);
+    let home = workspace_root().join("target/bench");
+    scratch::use_base(&home);
+    testkit::binary::use_binaries_of(&build::release()?);
+    interrupt::catch();
+    let lines = measure(wanted("read"), wanted("start"));
+    scratch::remove(&home);
+    let lines = lines?;
+    if options.json {
+        println!("{}", serde_json::json!({"kernel": kernel(), "lines": lines}));
+    } else {
+        print_table(&lines);
+    }
+    Ok(())
+}
+
+fn measure(read: bool, start: bool) -> Result<Vec<Line>> {
+    let mut lines = Vec::new();
+    if read {
+        lines.extend(read::measure()?);
+    }
+    if start {
+        lines.extend(start::measure()?);
+    }
+    Ok(lines)
+}
+
+fn print_table(lines: &[Line]) {
+    println!("{:36}{:>12}{:>12}{:>7}{:>8}{:>10}", "", "native", "ours", "", "ratio", "goal");
+    for line in lines {
+        let goal = match line.goal {
+            Goal::AtLeast(bound) => format!(">= {bound}"),
+            Goal::AtMost(bound) => format!("<= {bound}"),
+        };
+        let verdict = if line.met { "" } else { "  missed" };
+        println!(
+            "{:36}{:>12.2}{:>12.2}{:>7}{:>8.2}{:>10}{verdict}",
+            line.name, line.native, line.ours, line.unit, line.ratio, goal
+        );
+    }
+    println!("Linux {}", kernel());
+}
+
+fn kernel() -> String {
+    rustix::system::uname().release().to_string_lossy().into_owned()
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ratio_is_the_median_of_the_rounds_and_is_judged_by_its_goal() {
+        let rounds = [(100.0, 90.0), (100.0, 96.0), (10.0, 9.9)];
+        let line = Line::new("x", "GB/s", Goal::AtLeast(0.95), &rounds);
+        assert!((line.ratio - 0.96).abs() < 1e-9 && line.met);
+        assert!(!Line::new("x", "s", Goal::AtMost(0.9), &rounds).met);
+    }
+}
