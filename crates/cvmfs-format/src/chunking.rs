@@ -65,7 +65,8 @@ impl ChunkDetector {
     /// last chunk; no boundary is reported there, so no chunk is empty.
     pub fn next_cut(&mut self, data: &[u8]) -> Option<usize> {
         let quiet = self.sizes.min - WINDOW;
-        let mut position = usize::try_from(quiet.saturating_sub(self.size)).unwrap_or(usize::MAX).min(data.len());
+        let mut position =
+            usize::try_from(quiet.saturating_sub(self.size)).unwrap_or(usize::MAX).min(data.len());
         self.size += position as u64;
         while let Some(&byte) = data.get(position) {
             if self.size == self.sizes.max {
@@ -142,7 +143,8 @@ mod tests {
 
     #[test]
     fn constant_bytes_cut_at_the_smallest_or_largest_size() {
-        let every = |step: usize| (1..).map(|n| n * step).take_while(|cut| *cut < 100_000).collect::<Vec<_>>();
+        let every =
+            |step: usize| (1..).map(|n| n * step).take_while(|cut| *cut < 100_000).collect::<Vec<_>>();
         assert_eq!(cuts(SMALL, &[1; 100_000], 777), every(4096));
         assert_eq!(cuts(SMALL, &[0; 100_000], 777), every(16384));
     }

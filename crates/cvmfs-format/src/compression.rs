@@ -72,7 +72,11 @@ impl FromStr for Compression {
         match name {
             "zlib" | "default" => Ok(Self::Zlib),
             "none" => Ok(Self::None),
-            _ => Err(UnknownName { what: "compression", found: shown(name.as_bytes()), known: "zlib, default, none" }),
+            _ => Err(UnknownName {
+                what: "compression",
+                found: shown(name.as_bytes()),
+                known: "zlib, default, none",
+            }),
         }
     }
 }
@@ -315,7 +319,10 @@ mod tests {
         assert!(matches!(in_pieces(&stored, 4096, 1 << 20), Err(InflateError::Corrupt(_))));
         assert!(matches!(inflate(Compression::Zlib, b"not zlib", 100), Err(InflateError::Corrupt(_))));
         // a preset dictionary is asked for (FDICT)
-        assert!(matches!(inflate(Compression::Zlib, &[0x78, 0xbb, 0, 0, 0, 1, 0, 0], 100), Err(InflateError::Corrupt(_))));
+        assert!(matches!(
+            inflate(Compression::Zlib, &[0x78, 0xbb, 0, 0, 0, 1, 0, 0], 100),
+            Err(InflateError::Corrupt(_))
+        ));
     }
 
     #[test]
@@ -334,7 +341,10 @@ mod tests {
     fn names_are_those_of_the_configuration() {
         assert_eq!("default".parse(), Ok(Compression::Zlib));
         assert_eq!("none".parse(), Ok(Compression::None));
-        assert_eq!("lz4".parse::<Compression>().unwrap_err().to_string(), "unknown compression \"lz4\" (known: zlib, default, none)");
+        assert_eq!(
+            "lz4".parse::<Compression>().unwrap_err().to_string(),
+            "unknown compression \"lz4\" (known: zlib, default, none)"
+        );
         assert_eq!(Compression::from_id(Compression::None.id()), Some(Compression::None));
         assert_eq!(Compression::from_id(2), None);
     }

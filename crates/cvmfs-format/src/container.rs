@@ -123,11 +123,14 @@ pub(crate) fn open_immutable(what: &'static str, path: &Path) -> Result<Connecti
         .map_err(|source| ContainerError::Access { what, path: path.to_owned(), source })?
         .len();
     let open_error = |source| ContainerError::Open { what, path: path.to_owned(), source };
-    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_URI;
+    let flags =
+        OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_URI;
     let connection = Connection::open_with_flags(immutable_uri(path), flags).map_err(open_error)?;
     distrust(&connection).map_err(open_error)?;
     // The whole file is mapped: half the cost of a look-up, and pages are shared between connections.
-    connection.pragma_update(None, "mmap_size", i64::try_from(size).unwrap_or(i64::MAX)).map_err(open_error)?;
+    connection
+        .pragma_update(None, "mmap_size", i64::try_from(size).unwrap_or(i64::MAX))
+        .map_err(open_error)?;
     connection.pragma_update(None, "temp_store", 2).map_err(open_error)?;
     Ok(connection)
 }
@@ -209,7 +212,9 @@ fn immutable_uri(path: &Path) -> String {
     let mut uri = uri.into_string().expect("made of ASCII above");
     for byte in path.as_os_str().as_bytes() {
         match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'/' | b'-' | b'_' | b'.' | b'~' => uri.push(char::from(*byte)),
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'/' | b'-' | b'_' | b'.' | b'~' => {
+                uri.push(char::from(*byte));
+            }
             _ => uri.push_str(&format!("%{byte:02X}")),
         }
     }
@@ -220,12 +225,14 @@ fn immutable_uri(path: &Path) -> String {
 /// Checks that a table exists and is an ordinary one; tells whether it does.
 pub(crate) fn has_table(connection: &Connection, table: &str) -> Result<bool> {
     let sql: Option<Option<String>> = connection
-        .query_row("SELECT sql FROM sqlite_master WHERE type = 'table' AND name = ?1", [table], |row| row.get(0))
+        .query_row("SELECT sql FROM sqlite_master WHERE type = 'table' AND name = ?1", [table], |row| {
+            row.get(0)
+        })
         .optional()
         .doing("read the list of tables")?;
-    Ok(sql.flatten().is_some_and(|sql| {
-        sql.get(..12).is_some_and(|start| start.eq_ignore_ascii_case("CREATE TABLE"))
-    }))
+    Ok(sql
+        .flatten()
+        .is_some_and(|sql| sql.get(..12).is_some_and(|start| start.eq_ignore_ascii_case("CREATE TABLE"))))
 }
 
 /// As [`has_table`], but its absence is an error.
@@ -248,7 +255,9 @@ pub(crate) fn columns(connection: &Connection, table: &str) -> Result<Vec<String
 pub(crate) fn property(connection: &Connection, key: &str) -> Result<Option<Vec<u8>>> {
     let value = connection
         .prepare_cached("SELECT CAST(value AS BLOB) FROM properties WHERE key = ?1")
-        .and_then(|mut statement| statement.query_row([key], |row| row.get::<_, Option<Vec<u8>>>(0)).optional())
+        .and_then(|mut statement| {
+            statement.query_row([key], |row| row.get::<_, Option<Vec<u8>>>(0)).optional()
+        })
         .doing("read a property")?;
     Ok(value.flatten())
 }
@@ -268,7 +277,8 @@ pub(crate) fn hash_property(connection: &Connection, key: &'static str) -> Resul
     if value.is_empty() {
         return Ok(None);
     }
-    let hash = ContentHash::parse(&value).map_err(|_| ContainerError::BadProperty { key, value: shown(&value) })?;
+    let hash =
+        ContentHash::parse(&value).map_err(|_| ContainerError::BadProperty { key, value: shown(&value) })?;
     Ok(Some(hash).filter(|hash| !hash.is_null()))
 }
 
@@ -333,7 +343,9 @@ mod tests {
         let path = directory.path().join("x");
         assert!(matches!(open_immutable("test", &path), Err(ContainerError::Access { .. })));
         fs::write(&path, vec![b'x'; 5000]).unwrap();
-        assert!(open_immutable("test", &path).and_then(|connection| Schema::read(&connection, "test")).is_err());
+        assert!(
+            open_immutable("test", &path).and_then(|connection| Schema::read(&connection, "test")).is_err()
+        );
     }
 
     #[test]

@@ -221,8 +221,12 @@ impl ContentHash {
     /// tab or `#`, colons are dropped, letters are lowered. None if what remains is no hash.
     pub fn parse_fingerprint(line: &[u8]) -> Option<Self> {
         let end = line.iter().position(|byte| matches!(byte, b' ' | b'\t' | b'#')).unwrap_or(line.len());
-        let text: Vec<u8> =
-            line[..end].iter().filter(|byte| **byte != b':').map(u8::to_ascii_lowercase).take(MAX_HASH_TEXT + 1).collect();
+        let text: Vec<u8> = line[..end]
+            .iter()
+            .filter(|byte| **byte != b':')
+            .map(u8::to_ascii_lowercase)
+            .take(MAX_HASH_TEXT + 1)
+            .collect();
         Self::parse(&text).ok()
     }
 
@@ -400,7 +404,10 @@ mod tests {
     fn the_stored_empty_file_has_the_published_names() {
         let hash = ContentHash::of(HashAlgorithm::Sha1, &EMPTY_OBJECT);
         assert_eq!(hash.to_string(), "e8ec3d88b62ebf526e4e5a4ff6162a3aa48a6b78");
-        assert_eq!(ObjectName::new(hash, ObjectKind::Catalog).path(), "data/e8/ec3d88b62ebf526e4e5a4ff6162a3aa48a6b78C");
+        assert_eq!(
+            ObjectName::new(hash, ObjectKind::Catalog).path(),
+            "data/e8/ec3d88b62ebf526e4e5a4ff6162a3aa48a6b78C"
+        );
         assert_eq!(
             ObjectName::new(hash, ObjectKind::File).alternative_path(),
             ".cvmfsalt-e8ec3d88b62ebf526e4e5a4ff6162a3aa48a6b78"

@@ -10,7 +10,8 @@ use rusqlite::types::ValueRef;
 use rusqlite::{Connection, ErrorCode, Params, Row, params};
 
 use crate::container::{
-    self, ContainerError, Doing, Schema, columns, hash_property, is_wasteful, property, require_table, set_property,
+    self, ContainerError, Doing, Schema, columns, hash_property, is_wasteful, property, require_table,
+    set_property,
 };
 use crate::hash::{ContentHash, shown};
 
@@ -88,8 +89,18 @@ pub enum HistoryError {
     #[error("no tag named {0:?}")]
     Missing(String),
     /// The name cannot be used.
-    #[error("tag name {0:?} is empty, longer than 255 bytes, or contains blanks, slashes or control characters")]
+    #[error(
+        "tag name {0:?} is empty, longer than 255 bytes, or contains blanks, slashes or control characters"
+    )]
     BadName(String),
+    /// The tag's branch does not exist.
+    #[error("tag {name:?} is on branch {branch:?}, which does not exist")]
+    NoBranch {
+        /// Name of the tag.
+        name: String,
+        /// Name of the branch.
+        branch: String,
+    },
     /// The database was opened for reading.
     #[error("the history is open for reading only")]
     ReadOnly,
@@ -185,6 +196,7 @@ impl History {
     pub fn insert(&mut self, tag: &Tag) -> Result<()> {
         self.check_writable()?;
         check_name(&tag.name)?;
+        self.check_branch(tag)?;
         let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
         let inserted = self
             .connection
@@ -230,7 +242,13 @@ impl History {
     }
 
     /// Makes `trunk` name a new revision and `trunk-previous` what `trunk` named before, as each publish does.
-    pub fn rotate_trunk(&mut self, root_catalog: ContentHash, size: u64, revision: u64, now: i64) -> Result<()> {
+    pub fn rotate_trunk(
+        &mut self,
+        root_catalog: ContentHash,
+        size: u64,
+        revision: u64,
+        now: i64,
+    ) -> Result<()> {
         if let Some(old) = self.tag(TRUNK)? {
             let description = TRUNK_PREVIOUS_DESCRIPTION.to_owned();
             self.replace(&Tag { name: TRUNK_PREVIOUS.to_owned(), description, ..old })?;
@@ -302,6 +320,18 @@ impl History {
         Ok(changed)
     }
 
+    fn check_branch(&self, tag: &Tag) -> Result<()> {
+        let exists = self
+            .connection
+            .prepare_cached("SELECT 1 FROM branches WHERE branch = ?1")
+            .and_then(|mut statement| statement.exists([&tag.branch]))
+            .doing(READING)?;
+        if exists {
+            return Ok(());
+        }
+        Err(HistoryError::NoBranch { name: tag.name.clone(), branch: tag.branch.clone() })
+    }
+
     fn check_writable(&self) -> Result<()> {
         if self.is_writable { Ok(()) } else { Err(HistoryError::ReadOnly) }
     }
@@ -312,7 +342,10 @@ const WRITING: &str = "write the history";
 
 impl fmt::Debug for History {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("History").field("fqrn", &self.fqrn).field("previous", &self.previous).finish_non_exhaustive()
+        f.debug_struct("History")
+            .field("fqrn", &self.fqrn)
+            .field("previous", &self.previous)
+            .finish_non_exhaustive()
     }
 }
 
@@ -375,7 +408,9 @@ fn upgrade(connection: &Connection) -> Result<()> {
     if !present.iter().any(|name| name == "branch") {
         sql.push_str("ALTER TABLE tags ADD branch TEXT REFERENCES branches (branch);");
     }
-    sql.push_str("UPDATE tags SET branch = '' WHERE branch IS NULL; UPDATE tags SET size = 0 WHERE size IS NULL;");
+    sql.push_str(
+        "UPDATE tags SET branch = '' WHERE branch IS NULL; UPDATE tags SET size = 0 WHERE size IS NULL;",
+    );
     connection.execute_batch(&sql).doing("upgrade the history")?;
     set_property(connection, "schema_revision", SCHEMA_REVISION.to_string().as_bytes())?;
     Ok(())

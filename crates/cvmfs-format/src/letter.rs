@@ -133,7 +133,8 @@ mod tests {
 
     #[test]
     fn a_signature_may_contain_the_separator() {
-        let file = seal(b"a\n".to_vec(), HashAlgorithm::Sha1, |_| Ok::<_, Infallible>(b"x\n--\ny".to_vec())).unwrap();
+        let file = seal(b"a\n".to_vec(), HashAlgorithm::Sha1, |_| Ok::<_, Infallible>(b"x\n--\ny".to_vec()))
+            .unwrap();
         assert_eq!(Letter::parse(&file).unwrap().signature, b"x\n--\ny");
     }
 

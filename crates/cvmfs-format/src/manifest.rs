@@ -223,7 +223,9 @@ impl<'a> Values<'a> {
     }
 
     fn number(&self, key: char) -> Result<Option<u64>, ManifestError> {
-        self.get(key).map(|text| parse_decimal(text).ok_or_else(|| self.bad(key, "decimal number"))).transpose()
+        self.get(key)
+            .map(|text| parse_decimal(text).ok_or_else(|| self.bad(key, "decimal number")))
+            .transpose()
     }
 }
 
@@ -297,13 +299,20 @@ mod tests {
         assert_eq!(manifest.fqrn, "example.cern.ch");
         assert_eq!(manifest.revision, 7);
         assert_eq!(manifest.root_catalog.algorithm, HashAlgorithm::Shake128);
-        assert_eq!((manifest.timestamp, manifest.certificate, manifest.garbage_collectable), (0, None, false));
+        assert_eq!(
+            (manifest.timestamp, manifest.certificate, manifest.garbage_collectable),
+            (0, None, false)
+        );
     }
 
     #[test]
     fn each_required_key_is_missed_by_name() {
         for key in ["C", "R", "D", "S", "N"] {
-            let text: String = EXAMPLE.lines().filter(|line| !line.starts_with(key)).map(|line| format!("{line}\n")).collect();
+            let text: String = EXAMPLE
+                .lines()
+                .filter(|line| !line.starts_with(key))
+                .map(|line| format!("{line}\n"))
+                .collect();
             let error = Manifest::parse(text.as_bytes()).unwrap_err();
             assert!(matches!(error, ManifestError::Missing { key: k, .. } if key.starts_with(k)), "{error}");
         }
@@ -354,7 +363,14 @@ mod tests {
         let breadcrumb = Breadcrumb::parse(text.as_bytes()).unwrap();
         assert_eq!((breadcrumb.revision, breadcrumb.timestamp), (0, 1700000000));
         assert_eq!(Breadcrumb::parse(format!("{text}R42").as_bytes()).unwrap().revision, 42);
-        for bad in ["", "T1", "e7d3T1R1", &text[..50], &format!("{text}x"), "0000000000000000000000000000000000000000T5R1"] {
+        for bad in [
+            "",
+            "T1",
+            "e7d3T1R1",
+            &text[..50],
+            &format!("{text}x"),
+            "0000000000000000000000000000000000000000T5R1",
+        ] {
             assert_eq!(Breadcrumb::parse(bad.as_bytes()), None, "{bad}");
         }
     }

@@ -94,7 +94,10 @@ mod tests {
             Bag Attributes\n-----BEGIN C-----\nAQ==\n-----END C-----\ntail";
         let found = blocks(text.as_bytes()).unwrap();
         assert_eq!(found.len(), 2);
-        assert_eq!((found[0].label.as_str(), found[0].der.as_slice()), ("A B", &[1, 2, 3, 4, 5, 6, 7, 8][..]));
+        assert_eq!(
+            (found[0].label.as_str(), found[0].der.as_slice()),
+            ("A B", &[1, 2, 3, 4, 5, 6, 7, 8][..])
+        );
         assert_eq!((found[1].label.as_str(), found[1].der.as_slice()), ("C", &[1][..]));
         let again = encode("C", &[1]).unwrap();
         assert_eq!(blocks(again.as_bytes()).unwrap()[0].der, [1]);
@@ -105,7 +108,8 @@ mod tests {
         assert!(blocks(b"nothing here").unwrap().is_empty());
         assert!(matches!(blocks(b"-----BEGIN A-----\nAQ==\n"), Err(PemError::Malformed(_))));
         assert!(matches!(blocks(b"-----BEGIN A-----\n$$\n-----END A-----"), Err(PemError::Malformed(_))));
-        let traditional = b"-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\n\nAQ==\n-----END RSA PRIVATE KEY-----";
+        let traditional =
+            b"-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\n\nAQ==\n-----END RSA PRIVATE KEY-----";
         assert!(matches!(blocks(traditional), Err(PemError::Encrypted)));
         let pkcs8 = b"-----BEGIN ENCRYPTED PRIVATE KEY-----\nAQ==\n-----END ENCRYPTED PRIVATE KEY-----";
         assert!(matches!(blocks(pkcs8), Err(PemError::Encrypted)));

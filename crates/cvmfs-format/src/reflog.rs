@@ -9,7 +9,9 @@ use std::path::Path;
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OptionalExtension, Params, params};
 
-use crate::container::{self, ContainerError, Doing, Schema, is_wasteful, property, require_table, set_property};
+use crate::container::{
+    self, ContainerError, Doing, Schema, is_wasteful, property, require_table, set_property,
+};
 use crate::hash::{ContentHash, ObjectKind, shown};
 use crate::history::PAGE_SIZE;
 

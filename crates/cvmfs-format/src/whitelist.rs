@@ -34,7 +34,8 @@ impl UtcHour {
 
     /// Unix time at which the hour begins.
     pub fn to_unix(self) -> i64 {
-        self.date().map_or(0, |date| date.midnight().assume_utc().unix_timestamp()) + i64::from(self.hour) * 3600
+        self.date().map_or(0, |date| date.midnight().assume_utc().unix_timestamp())
+            + i64::from(self.hour) * 3600
     }
 
     /// Parses `YYYYMMDDhhmmss`; minutes and seconds must be digits but have no meaning.
@@ -42,7 +43,8 @@ impl UtcHour {
         if text.len() != 14 || !text.iter().all(u8::is_ascii_digit) {
             return None;
         }
-        let number = |range: std::ops::Range<usize>| std::str::from_utf8(&text[range]).ok()?.parse::<u16>().ok();
+        let number =
+            |range: std::ops::Range<usize>| std::str::from_utf8(&text[range]).ok()?.parse::<u16>().ok();
         let hour = Self {
             year: number(0..4)?,
             month: u8::try_from(number(4..6)?).ok()?,
@@ -164,7 +166,10 @@ impl Whitelist {
     /// Applies all checks but the signature's: name, expiry, unsupported demands, certificate.
     pub fn check(&self, fqrn: &str, unix_now: i64, certificate: &Certificate) -> Result<(), WhitelistError> {
         if self.fqrn != fqrn {
-            return Err(WhitelistError::WrongName { found: shown(self.fqrn.as_bytes()), expected: fqrn.to_owned() });
+            return Err(WhitelistError::WrongName {
+                found: shown(self.fqrn.as_bytes()),
+                expected: fqrn.to_owned(),
+            });
         }
         if self.is_expired(unix_now) {
             return Err(WhitelistError::Expired(self.expires));
@@ -198,7 +203,8 @@ impl Whitelist {
 fn stamp(unix: i64) -> String {
     const FIRST: i64 = -62_167_219_200;
     const LAST: i64 = 253_402_300_799;
-    let time = OffsetDateTime::from_unix_timestamp(unix.clamp(FIRST, LAST)).unwrap_or(OffsetDateTime::UNIX_EPOCH);
+    let time =
+        OffsetDateTime::from_unix_timestamp(unix.clamp(FIRST, LAST)).unwrap_or(OffsetDateTime::UNIX_EPOCH);
     format!(
         "{:04}{:02}{:02}{:02}{:02}{:02}",
         time.year(),
@@ -236,7 +242,8 @@ mod tests {
 
     #[test]
     fn the_list_is_valid_to_the_last_second_before_its_hour() {
-        let whitelist = Whitelist::parse(EXAMPLE.replace("E20240131120000", "E20240131123045").as_bytes()).unwrap();
+        let whitelist =
+            Whitelist::parse(EXAMPLE.replace("E20240131120000", "E20240131123045").as_bytes()).unwrap();
         assert!(!whitelist.is_expired(NOON - 1));
         assert!(whitelist.is_expired(NOON));
         assert!(whitelist.is_expired(NOON + 30 * 60));
@@ -246,7 +253,9 @@ mod tests {
 
     #[test]
     fn demands_are_recognised_only_on_their_lines() {
-        let with = |lines: &str| Whitelist::parse(EXAMPLE.replace("cern.ch\n", &format!("cern.ch\n{lines}")).as_bytes()).unwrap();
+        let with = |lines: &str| {
+            Whitelist::parse(EXAMPLE.replace("cern.ch\n", &format!("cern.ch\n{lines}")).as_bytes()).unwrap()
+        };
         assert!(with("Vpkcs7\n").pkcs7);
         assert!(with("Vpkcs7\nWcachain\n").ca_chain);
         assert!(with("Wcachain\n").ca_chain);
@@ -256,7 +265,8 @@ mod tests {
 
     #[test]
     fn fingerprints_after_the_separator_and_unparsable_lines_do_not_count() {
-        let text = format!("{EXAMPLE}junk\n\n--\n00:11:22:33:44:55:66:77:88:99:AA:BB:CC:DD:EE:FF:00:11:22:33\n");
+        let text =
+            format!("{EXAMPLE}junk\n\n--\n00:11:22:33:44:55:66:77:88:99:AA:BB:CC:DD:EE:FF:00:11:22:33\n");
         assert_eq!(Whitelist::parse(text.as_bytes()).unwrap().fingerprints.len(), 1);
     }
 
@@ -271,15 +281,22 @@ mod tests {
             ("Nexample", "example", 3),
         ] {
             let error = Whitelist::parse(EXAMPLE.replace(from, to).as_bytes()).unwrap_err();
-            assert!(matches!(error, WhitelistError::Malformed { line: found, .. } if found == line), "{to}: {error}");
+            assert!(
+                matches!(error, WhitelistError::Malformed { line: found, .. } if found == line),
+                "{to}: {error}"
+            );
         }
         assert!(Whitelist::parse(b"").is_err());
-        assert_eq!(Whitelist::parse(&vec![b'a'; MAX_LETTER + 1]), Err(WhitelistError::TooLarge(MAX_LETTER + 1)));
+        assert_eq!(
+            Whitelist::parse(&vec![b'a'; MAX_LETTER + 1]),
+            Err(WhitelistError::TooLarge(MAX_LETTER + 1))
+        );
     }
 
     #[test]
     fn a_composed_list_comes_back() {
-        let prints: Vec<_> = HashAlgorithm::ALL.iter().map(|algorithm| ContentHash::of(*algorithm, b"certificate")).collect();
+        let prints: Vec<_> =
+            HashAlgorithm::ALL.iter().map(|algorithm| ContentHash::of(*algorithm, b"certificate")).collect();
         let text = Whitelist::compose(NOON - 1, NOON + 3 * 3600 + 59, "a.example.org", &prints);
         assert!(text.starts_with(b"20240131115959\nE20240131150059\nNa.example.org\n"));
         let whitelist = Whitelist::parse(&text).unwrap();

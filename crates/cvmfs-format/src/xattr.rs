@@ -189,8 +189,14 @@ mod tests {
     fn what_does_not_fit_is_refused_on_writing() {
         let of = |name: Vec<u8>, value: Vec<u8>| [(name, value)].into_iter().collect::<Xattrs>().to_bytes();
         assert!(of(vec![b'n'; 255], vec![0; 255]).is_ok());
-        assert!(matches!(of(vec![b'n'; 256], vec![]), Err(XattrError::TooLong { what: "name", size: 256, .. })));
-        assert!(matches!(of(b"user.n".to_vec(), vec![0; 256]), Err(XattrError::TooLong { what: "value", .. })));
+        assert!(matches!(
+            of(vec![b'n'; 256], vec![]),
+            Err(XattrError::TooLong { what: "name", size: 256, .. })
+        ));
+        assert!(matches!(
+            of(b"user.n".to_vec(), vec![0; 256]),
+            Err(XattrError::TooLong { what: "value", .. })
+        ));
         assert_eq!(of(vec![], vec![]), Err(XattrError::BadName));
         let many: Xattrs = (0..256u32).map(|index| (format!("user.{index}"), "")).collect();
         assert_eq!(many.to_bytes(), Err(XattrError::TooMany(256)));

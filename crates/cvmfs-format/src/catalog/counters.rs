@@ -60,7 +60,9 @@ impl Counts {
                     (counts.external, counts.external_file_size) = (1, size);
                 }
             }
-            EntryKind::Fifo | EntryKind::Socket | EntryKind::CharDevice | EntryKind::BlockDevice => counts.special = 1,
+            EntryKind::Fifo | EntryKind::Socket | EntryKind::CharDevice | EntryKind::BlockDevice => {
+                counts.special = 1;
+            }
         }
         counts
     }

@@ -300,7 +300,10 @@ impl Entry {
     /// The size column of a device.
     pub fn encode_device_number(major: u32, minor: u32) -> u64 {
         let (major, minor) = (u64::from(major), u64::from(minor));
-        ((major & 0xffff_f000) << 32) | ((major & 0xfff) << 8) | ((minor & 0xffff_ff00) << 12) | (minor & 0xff)
+        ((major & 0xffff_f000) << 32)
+            | ((major & 0xfff) << 8)
+            | ((minor & 0xffff_ff00) << 12)
+            | (minor & 0xff)
     }
 
     /// Link count to show, at least 1.
@@ -321,8 +324,9 @@ impl Entry {
 
     /// Checks the rules a row must keep to be stored.
     pub(super) fn check_storable(&self) -> Result<()> {
-        let unstorable =
-            |reason: &str| Err(CatalogError::Unstorable { name: shown(&self.name), reason: reason.to_owned() });
+        let unstorable = |reason: &str| {
+            Err(CatalogError::Unstorable { name: shown(&self.name), reason: reason.to_owned() })
+        };
         let Some(kind) = EntryKind::from_mode(self.mode) else {
             return unstorable("the mode states no type");
         };
@@ -351,7 +355,9 @@ impl Entry {
 
 /// Whether a Linux directory can hold this name.
 pub fn is_valid_name(name: &[u8]) -> bool {
-    !matches!(name, b"" | b"." | b"..") && name.len() <= MAX_NAME && !name.iter().any(|byte| matches!(byte, b'/' | 0))
+    !matches!(name, b"" | b"." | b"..")
+        && name.len() <= MAX_NAME
+        && !name.iter().any(|byte| matches!(byte, b'/' | 0))
 }
 
 /// One chunk of a file (§9.5).
@@ -386,7 +392,10 @@ mod tests {
         assert_eq!(EntryFlags(2052).compression(), Some(Compression::None));
         assert_eq!(EntryFlags(7 << 8).algorithm(), None);
         assert_eq!(EntryFlags(2 << 11).compression(), None);
-        assert_eq!(EntryFlags(0x7fff).with_algorithm(HashAlgorithm::Sha1).algorithm(), Some(HashAlgorithm::Sha1));
+        assert_eq!(
+            EntryFlags(0x7fff).with_algorithm(HashAlgorithm::Sha1).algorithm(),
+            Some(HashAlgorithm::Sha1)
+        );
     }
 
     #[test]

@@ -22,8 +22,8 @@ pub use self::counters::{Counters, Counts};
 pub use self::entry::{Chunk, Entry, EntryFlags, EntryKind, MAX_NAME, MAX_SYMLINK, is_valid_name};
 pub use self::reader::{Catalog, NestedCatalog};
 pub use self::writer::CatalogWriter;
-pub use crate::container::Schema;
 use crate::container::ContainerError;
+pub use crate::container::Schema;
 use crate::hash::PathHash;
 
 /// Schema number of the catalogs this crate writes, and the newest it reads.

@@ -11,8 +11,8 @@ use super::counters::{Counters, Counts};
 use super::entry::{Chunk, Entry};
 use super::{CatalogError, Result, SCHEMA, rows};
 use crate::container::{
-    ContainerError, Doing, Schema, Text, hash_property, has_table, integer_property, open_immutable, property,
-    require_table,
+    ContainerError, Doing, Schema, Text, has_table, hash_property, integer_property, open_immutable,
+    property, require_table,
 };
 use crate::hash::{ContentHash, HashAlgorithm, PathHash, shown};
 use crate::manifest::DEFAULT_TTL;
@@ -212,9 +212,13 @@ impl Catalog {
             let chunk = rows::decode_chunk(row, algorithm)
                 .ok_or_else(|| bad(format!("row {} is malformed", chunks.len() + 1)))?;
             if chunk.offset != end || chunk.size == 0 {
-                return Err(bad(format!("{} bytes at {}, expected a chunk at {end}", chunk.size, chunk.offset)));
+                return Err(bad(format!(
+                    "{} bytes at {}, expected a chunk at {end}",
+                    chunk.size, chunk.offset
+                )));
             }
-            end = chunk.offset.checked_add(chunk.size).ok_or_else(|| bad("end exceeds 64 bits".to_owned()))?;
+            end =
+                chunk.offset.checked_add(chunk.size).ok_or_else(|| bad("end exceeds 64 bits".to_owned()))?;
             chunks.push(chunk);
         }
         Ok(chunks)
@@ -403,7 +407,8 @@ impl Properties {
             ttl: ttl.map(|ttl| u32::try_from(ttl).unwrap_or(u32::MAX)),
             previous: hash_property(connection, "previous_revision")?,
             last_modified: integer_property(connection, "last_modified")?.unwrap_or(0),
-            is_volatile: property(connection, "volatile")?.is_some_and(|value| value != b"0" && !value.is_empty()),
+            is_volatile: property(connection, "volatile")?
+                .is_some_and(|value| value != b"0" && !value.is_empty()),
             voms_authz: property(connection, "voms_authz")?.filter(|value| !value.is_empty()),
         })
     }

@@ -47,7 +47,8 @@ pub(super) fn select(connection: &Connection, schema: &Schema) -> Result<String>
 
 /// Decodes a row of [`select`].
 pub(super) fn decode(row: &Row<'_>) -> Result<Entry> {
-    let cells = Cells { row, rowid: row.get_ref(0).ok().and_then(|value| value.as_i64().ok()).unwrap_or_default() };
+    let cells =
+        Cells { row, rowid: row.get_ref(0).ok().and_then(|value| value.as_i64().ok()).unwrap_or_default() };
     let hardlinks = cells.integer(5)? as u64;
     let flags = cells.u32(11)?;
     let mode = cells.u32(8)?;
@@ -69,11 +70,14 @@ pub(super) fn decode(row: &Row<'_>) -> Result<Entry> {
         gid: cells.id(15)?,
         xattrs: cells.bytes(16)?.map(<[u8]>::to_vec),
     };
-    let kind = EntryKind::from_mode(mode).ok_or_else(|| cells.bad(8, format!("no file type in {mode:#o}")))?;
+    let kind =
+        EntryKind::from_mode(mode).ok_or_else(|| cells.bad(8, format!("no file type in {mode:#o}")))?;
     entry.size = match (kind, cells.integer(7)?) {
         // A device number uses all 64 bits.
         (EntryKind::CharDevice | EntryKind::BlockDevice, size) => size as u64,
-        (EntryKind::File, size) => u64::try_from(size).map_err(|_| cells.bad(7, format!("size {size} is negative")))?,
+        (EntryKind::File, size) => {
+            u64::try_from(size).map_err(|_| cells.bad(7, format!("size {size} is negative")))?
+        }
         (_, size) => u64::try_from(size).unwrap_or(0),
     };
     if kind == EntryKind::Symlink {
@@ -116,7 +120,9 @@ struct Cells<'r> {
 
 impl<'r> Cells<'r> {
     fn value(&self, column: usize) -> Result<ValueRef<'r>> {
-        self.row.get_ref(column).map_err(|source| ContainerError::Sqlite { doing: "read a catalog row", source }.into())
+        self.row
+            .get_ref(column)
+            .map_err(|source| ContainerError::Sqlite { doing: "read a catalog row", source }.into())
     }
 
     fn integer(&self, column: usize) -> Result<i64> {

@@ -74,7 +74,10 @@ fn add_counters(connection: &Connection, is_wanted: impl Fn(&str) -> bool) -> Re
     for prefix in ["self", "subtree"] {
         for name in Counts::NAMES.into_iter().filter(|name| is_wanted(name)) {
             connection
-                .execute("INSERT OR IGNORE INTO statistics (counter, value) VALUES (?1, 0)", [format!("{prefix}_{name}")])
+                .execute(
+                    "INSERT OR IGNORE INTO statistics (counter, value) VALUES (?1, 0)",
+                    [format!("{prefix}_{name}")],
+                )
                 .doing("create the catalog's counters")?;
         }
     }

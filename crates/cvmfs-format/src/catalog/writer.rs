@@ -105,7 +105,10 @@ impl CatalogWriter {
             return Ok(None);
         };
         self.remove_chunks(path)?;
-        self.execute("DELETE FROM catalog WHERE md5path_1 = ?1 AND md5path_2 = ?2", (path.part1, path.part2))?;
+        self.execute(
+            "DELETE FROM catalog WHERE md5path_1 = ?1 AND md5path_2 = ?2",
+            (path.part1, path.part2),
+        )?;
         self.delta.own -= Counts::of(&old);
         Ok(Some(old))
     }
@@ -124,7 +127,13 @@ impl CatalogWriter {
         for chunk in chunks {
             self.execute(
                 "INSERT INTO chunks (md5path_1, md5path_2, offset, size, hash) VALUES (?1, ?2, ?3, ?4, ?5)",
-                params![path.part1, path.part2, chunk.offset as i64, chunk.size as i64, chunk.hash.digest.as_slice()],
+                params![
+                    path.part1,
+                    path.part2,
+                    chunk.offset as i64,
+                    chunk.size as i64,
+                    chunk.hash.digest.as_slice()
+                ],
             )?;
         }
         self.delta.own.chunks += chunks.len() as i64;
@@ -134,14 +143,15 @@ impl CatalogWriter {
     /// Adds `change` to the link counts of all members of the hard link group of `member`, or of that row alone if
     /// it is in no group (directories).
     pub fn change_link_count(&mut self, member: PathHash, change: i32) -> Result<()> {
-        let entry = self.catalog.lookup(member)?.ok_or(CatalogError::Missing {
-            what: "entry with path hash",
-            name: format!("{member:?}"),
-        })?;
-        let count = entry.link_count.checked_add_signed(change).filter(|count| *count > 0).ok_or_else(|| {
-            let reason = format!("link count {} cannot change by {change}", entry.link_count);
-            CatalogError::Unstorable { name: shown(&entry.name), reason }
-        })?;
+        let entry = self
+            .catalog
+            .lookup(member)?
+            .ok_or(CatalogError::Missing { what: "entry with path hash", name: format!("{member:?}") })?;
+        let count =
+            entry.link_count.checked_add_signed(change).filter(|count| *count > 0).ok_or_else(|| {
+                let reason = format!("link count {} cannot change by {change}", entry.link_count);
+                CatalogError::Unstorable { name: shown(&entry.name), reason }
+            })?;
         let (old, new) = (entry.hardlinks(), Entry { link_count: count, ..entry.clone() }.hardlinks());
         if entry.link_group == 0 {
             self.execute(
@@ -232,7 +242,13 @@ impl CatalogWriter {
     ///
     /// `previous` is the catalog's predecessor, none for the first; `ttl` (seconds) is given for root catalogs; `now`
     /// is the Unix time.
-    pub fn finish(self, revision: u64, previous: Option<ContentHash>, ttl: Option<u32>, now: u64) -> Result<()> {
+    pub fn finish(
+        self,
+        revision: u64,
+        previous: Option<ContentHash>,
+        ttl: Option<u32>,
+        now: u64,
+    ) -> Result<()> {
         let connection = &self.catalog.connection;
         if let Some(ttl) = ttl {
             set_property(connection, "TTL", ttl.to_string().as_bytes())?;
@@ -264,7 +280,9 @@ impl CatalogWriter {
     fn renumber_wasteful_rows(&self) -> Result<bool> {
         let connection = &self.catalog.connection;
         let (rows, max): (i64, i64) = connection
-            .query_row("SELECT COUNT(*), COALESCE(MAX(rowid), 0) FROM catalog", [], |row| Ok((row.get(0)?, row.get(1)?)))
+            .query_row("SELECT COUNT(*), COALESCE(MAX(rowid), 0) FROM catalog", [], |row| {
+                Ok((row.get(0)?, row.get(1)?))
+            })
             .doing(WRITING)?;
         if (max - rows) as f64 <= max as f64 * MAX_ROWID_WASTE {
             return Ok(false);
@@ -302,8 +320,10 @@ impl CatalogWriter {
     }
 
     fn remove_chunks(&mut self, path: PathHash) -> Result<()> {
-        let removed =
-            self.execute("DELETE FROM chunks WHERE md5path_1 = ?1 AND md5path_2 = ?2", (path.part1, path.part2))?;
+        let removed = self.execute(
+            "DELETE FROM chunks WHERE md5path_1 = ?1 AND md5path_2 = ?2",
+            (path.part1, path.part2),
+        )?;
         self.delta.own.chunks -= removed as i64;
         Ok(())
     }
@@ -312,9 +332,12 @@ impl CatalogWriter {
         check_path(path)?;
         let sql = format!("INSERT INTO {table} (path, sha1, size) VALUES (?1, ?2, ?3)");
         let size = stored_size(path, size)?;
-        match self.catalog.connection.prepare_cached(&sql).and_then(|mut statement| {
-            statement.execute(params![Text(path), hash.to_string(), size])
-        }) {
+        match self
+            .catalog
+            .connection
+            .prepare_cached(&sql)
+            .and_then(|mut statement| statement.execute(params![Text(path), hash.to_string(), size]))
+        {
             Ok(_) => Ok(()),
             Err(rusqlite::Error::SqliteFailure(error, _)) if error.code == ErrorCode::ConstraintViolation => {
                 Err(CatalogError::Exists { name: shown(path) })
@@ -356,7 +379,9 @@ fn stored_size(path: &[u8], size: u64) -> Result<i64> {
 /// A path that a directory can have: absolute, no empty, `.` or `..` components.
 fn check_path(path: &[u8]) -> Result<()> {
     let is_good = path.len() <= MAX_PATH
-        && path.strip_prefix(b"/").is_some_and(|path| path.split(|byte| *byte == b'/').all(super::is_valid_name));
+        && path
+            .strip_prefix(b"/")
+            .is_some_and(|path| path.split(|byte| *byte == b'/').all(super::is_valid_name));
     if is_good {
         return Ok(());
     }

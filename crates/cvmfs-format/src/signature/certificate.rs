@@ -43,7 +43,8 @@ impl Certificate {
             return Err(unusable(format!("{} bytes follow the certificate", rest.len())));
         }
         let der = block.der[..block.der.len() - rest.len()].to_vec();
-        let parsed: CertificateInner<Raw> = Decode::from_der(&der).map_err(|error: der::Error| unusable(error.to_string()))?;
+        let parsed: CertificateInner<Raw> =
+            Decode::from_der(&der).map_err(|error: der::Error| unusable(error.to_string()))?;
         let parsed = parsed.tbs_certificate();
         let key = parsed.subject_public_key_info().to_der().map_err(|error| unusable(error.to_string()))?;
         let key = rsa::PublicKey::from_public_key_der(&key).map_err(|error| unusable(error.to_string()))?;
@@ -112,7 +113,8 @@ mod tests {
     fn what_is_no_certificate_is_refused_with_the_reason() {
         let error = Certificate::from_pem(b"hello").unwrap_err();
         assert!(matches!(error, SignatureError::Pem { source: PemError::NoBlock { .. }, .. }), "{error:?}");
-        let error = Certificate::from_pem(b"-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n").unwrap_err();
+        let error = Certificate::from_pem(b"-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n")
+            .unwrap_err();
         assert!(matches!(error, SignatureError::Unusable { .. }), "{error:?}");
     }
 }

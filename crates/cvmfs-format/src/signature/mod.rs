@@ -20,8 +20,8 @@ use rsa::pkcs8::DecodePublicKey;
 pub use self::certificate::Certificate;
 pub use self::generate::{KeyChain, generate_keys};
 pub use self::private_key::PrivateKey;
-pub use crate::letter::seal;
 use crate::letter::Letter;
+pub use crate::letter::seal;
 pub use crate::pem::PemError;
 use crate::pem::blocks;
 
@@ -89,10 +89,15 @@ impl MasterKeys {
         for block in blocks(text).map_err(|source| SignatureError::Pem { what: WHAT, source })? {
             match block.label.as_str() {
                 "PUBLIC KEY" => {
-                    self.0.push(rsa::PublicKey::from_public_key_der(&block.der).map_err(|e| unusable(e.to_string()))?);
+                    self.0.push(
+                        rsa::PublicKey::from_public_key_der(&block.der)
+                            .map_err(|e| unusable(e.to_string()))?,
+                    );
                 }
                 "RSA PUBLIC KEY" => {
-                    self.0.push(rsa::PublicKey::from_pkcs1_der(&block.der).map_err(|e| unusable(e.to_string()))?);
+                    self.0.push(
+                        rsa::PublicKey::from_pkcs1_der(&block.der).map_err(|e| unusable(e.to_string()))?,
+                    );
                 }
                 _ => {}
             }
@@ -143,7 +148,8 @@ mod tests {
         for algorithm in HashAlgorithm::ALL {
             let whitelist = seal(b"w\n".to_vec(), algorithm, |text| master.sign_whitelist(text)).unwrap();
             let manifest = seal(b"m\n".to_vec(), algorithm, |text| key.sign_manifest(text)).unwrap();
-            let (whitelist, manifest) = (Letter::parse(&whitelist).unwrap(), Letter::parse(&manifest).unwrap());
+            let (whitelist, manifest) =
+                (Letter::parse(&whitelist).unwrap(), Letter::parse(&manifest).unwrap());
             master_keys.verify_whitelist(&whitelist).unwrap();
             certificate.verify_manifest(&manifest).unwrap();
             // The schemes are not interchangeable.
@@ -157,10 +163,13 @@ mod tests {
 
     #[test]
     fn no_key_verifies_nothing() {
-        let file = seal(b"w\n".to_vec(), HashAlgorithm::Sha1, |_| Ok::<_, SignatureError>(vec![0; 256])).unwrap();
+        let file =
+            seal(b"w\n".to_vec(), HashAlgorithm::Sha1, |_| Ok::<_, SignatureError>(vec![0; 256])).unwrap();
         let letter = Letter::parse(&file).unwrap();
         assert!(MasterKeys::new().verify_whitelist(&letter).is_err());
         assert!(MasterKeys::from_pem(b"").is_err());
-        assert!(MasterKeys::from_pem(b"-----BEGIN PUBLIC KEY-----\nAQ==\n-----END PUBLIC KEY-----\n").is_err());
+        assert!(
+            MasterKeys::from_pem(b"-----BEGIN PUBLIC KEY-----\nAQ==\n-----END PUBLIC KEY-----\n").is_err()
+        );
     }
 }

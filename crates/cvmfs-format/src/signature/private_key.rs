@@ -23,8 +23,12 @@ impl PrivateKey {
         let pem_error = |source| SignatureError::Pem { what: WHAT, source };
         for block in blocks(pem).map_err(pem_error)? {
             let key = match block.label.as_str() {
-                "PRIVATE KEY" => rsa::PrivateKey::from_pkcs8_der(&block.der).map_err(|error| error.to_string()),
-                "RSA PRIVATE KEY" => rsa::PrivateKey::from_pkcs1_der(&block.der).map_err(|error| error.to_string()),
+                "PRIVATE KEY" => {
+                    rsa::PrivateKey::from_pkcs8_der(&block.der).map_err(|error| error.to_string())
+                }
+                "RSA PRIVATE KEY" => {
+                    rsa::PrivateKey::from_pkcs1_der(&block.der).map_err(|error| error.to_string())
+                }
                 _ => continue,
             };
             return key.map(Self).map_err(|reason| SignatureError::Unusable { what: WHAT, reason });
@@ -51,7 +55,10 @@ impl PrivateKey {
 
     /// The public half as PEM `PUBLIC KEY`.
     pub fn public_pem(&self) -> Result<String, SignatureError> {
-        self.0.as_public_key().to_public_key_pem(LineEnding::LF).map_err(|error| failed("encode public key", error))
+        self.0
+            .as_public_key()
+            .to_public_key_pem(LineEnding::LF)
+            .map_err(|error| failed("encode public key", error))
     }
 
     /// The key as unencrypted PEM `PRIVATE KEY` (PKCS#8). Secret: for the key file only.
