@@ -1,0 +1,220 @@
+//! The command line, declared.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use cvmfs_format::chunking::ChunkSizes;
+use cvmfs_format::{Compression, Deflate, HashAlgorithm};
+use cvmfs_publish::{Owner, SpecialFiles, Whiteouts};
+
+/// Publishes CernVM-FS repositories: makes them, fills them from tar archives and directories, checks and serves them.
+///
+/// Exit codes: 0 done, 1 failed, 2 wrong usage, 3 trust (key, signature, whitelist), 4 network, 5 not found,
+/// 6 out of space, 130 interrupted (nothing was published).
+#[derive(Debug, Parser)]
+#[command(name = "cvmfs-publish", version)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) common: Common,
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+/// Options of all verbs.
+#[derive(Debug, Args)]
+pub(crate) struct Common {
+    /// Least severe messages to log: error, warn, info, debug, trace, or a filter such as cvmfs_publish=debug
+    #[arg(long, global = true, default_value = "warn", value_name = "LEVEL")]
+    pub(crate) log_level: String,
+    /// Form of the log on standard error
+    #[arg(long, global = true, default_value = "text")]
+    pub(crate) log_format: LogFormat,
+    /// Print the result as one JSON document on standard output
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Make a new, empty repository
+    Mkfs(Mkfs),
+    /// Publish tar archives, directories and deletions as one new revision
+    Ingest(Ingest),
+    /// Serve a directory over HTTP for trials (no TLS; first line on standard output: its address; access log as JSON lines on standard error)
+    Serve(Serve),
+}
+
+/// A repository and its place.
+#[derive(Debug, Args)]
+pub(crate) struct Place {
+    /// Fully qualified repository name, such as example.cern.ch
+    pub(crate) fqrn: String,
+    /// Storage: a directory (s3://BUCKET/PREFIX is not available in this version)
+    #[arg(long, value_name = "STORAGE")]
+    pub(crate) storage: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Mkfs {
+    #[command(flatten)]
+    pub(crate) place: Place,
+    /// Directory with FQRN.masterkey, .pub, .key and .crt; missing keys are made (0400, directory 0700)
+    #[arg(long, value_name = "DIR")]
+    pub(crate) keys: PathBuf,
+    /// Hash algorithm of all objects: sha1, rmd160 or shake128
+    #[arg(long, default_value = "sha1", value_name = "NAME")]
+    pub(crate) hash: HashAlgorithm,
+    /// Compression of file contents: zlib or none
+    #[arg(long, default_value = "zlib", value_name = "NAME")]
+    pub(crate) compression: Compression,
+    /// Allow garbage collection
+    #[arg(long)]
+    pub(crate) garbage_collectable: bool,
+    /// Seconds for which clients may rely on a revision
+    #[arg(long, default_value_t = 240, value_name = "SECONDS")]
+    pub(crate) ttl: u32,
+    /// Days for which the whitelist is valid
+    #[arg(long, default_value_t = cvmfs_publish::DEFAULT_WHITELIST_DAYS, value_name = "DAYS", value_parser = clap::value_parser!(u32).range(1..=36500))]
+    pub(crate) whitelist_days: u32,
+}
+
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("work").args(["tar", "tree", "delete"]).required(true).multiple(true)))]
+pub(crate) struct Ingest {
+    #[command(flatten)]
+    pub(crate) place: Place,
+    /// Directory with FQRN.pub, .key and .crt
+    #[arg(long, value_name = "DIR")]
+    pub(crate) keys: PathBuf,
+    /// Directory in the repository to publish below; made with its parents if missing, otherwise merged
+    #[arg(long, value_name = "PATH", required_unless_present = "delete")]
+    pub(crate) base: Option<OsString>,
+    /// Archive to publish, plain, gzip or zstd; - for standard input
+    #[arg(long, value_name = "FILE", conflicts_with = "tree", requires = "base")]
+    pub(crate) tar: Option<PathBuf>,
+    /// Local directory whose content to publish
+    #[arg(long, value_name = "DIR", requires = "base")]
+    pub(crate) tree: Option<PathBuf>,
+    /// Make the base directory a nested catalog
+    #[arg(long, requires = "base")]
+    pub(crate) catalog: bool,
+    /// Container whiteouts (.wh.NAME, .wh..wh..opq): overlay stores them as overlayfs reads them, keep as plain files
+    #[arg(long, default_value = "keep", value_name = "overlay|keep")]
+    pub(crate) whiteouts: WhiteoutsArg,
+    /// Owner of everything: keep (numeric, as in the input) or UID:GID
+    #[arg(long, default_value = "keep", value_name = "keep|UID:GID", value_parser = parse_owner)]
+    pub(crate) owner: Owner,
+    /// Publish extended attributes (names and values up to 255 bytes)
+    #[arg(long)]
+    pub(crate) xattrs: bool,
+    /// Devices, fifos and sockets: keep or skip
+    #[arg(long, default_value = "keep", value_name = "keep|skip")]
+    pub(crate) special_files: SpecialFilesArg,
+    /// Chunk sizes of large files in bytes, K or M [default: the repository's, 4M:8M:16M]
+    #[arg(long, value_name = "MIN:AVG:MAX", value_parser = parse_chunk_sizes)]
+    pub(crate) chunk_size: Option<ChunkSizes>,
+    /// Deflate: stock gives the object names of the C++ tools, fast is 3 times faster [default: the repository's]
+    #[arg(long, value_name = "stock|fast")]
+    pub(crate) deflate: Option<Deflate>,
+    /// Name the new revision in the history
+    #[arg(long, value_name = "NAME")]
+    pub(crate) tag: Option<String>,
+    /// Remove these paths first; each must exist
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    pub(crate) delete: Vec<OsString>,
+    /// Seconds to wait for another publisher to finish
+    #[arg(long, default_value_t = cvmfs_publish::DEFAULT_LOCK_WAIT.as_secs(), value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(0..=86400))]
+    pub(crate) lock_wait: u64,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum WhiteoutsArg {
+    Overlay,
+    Keep,
+}
+
+impl From<WhiteoutsArg> for Whiteouts {
+    fn from(value: WhiteoutsArg) -> Whiteouts {
+        match value {
+            WhiteoutsArg::Overlay => Whiteouts::Overlay,
+            WhiteoutsArg::Keep => Whiteouts::Keep,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum SpecialFilesArg {
+    Keep,
+    Skip,
+}
+
+impl From<SpecialFilesArg> for SpecialFiles {
+    fn from(value: SpecialFilesArg) -> SpecialFiles {
+        match value {
+            SpecialFilesArg::Keep => SpecialFiles::Keep,
+            SpecialFilesArg::Skip => SpecialFiles::Skip,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Serve {
+    /// Address and port; port 0 takes a free one
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) listen: String,
+    /// Directory to serve
+    pub(crate) directory: PathBuf,
+}
+
+fn parse_owner(text: &str) -> Result<Owner, String> {
+    if text == "keep" {
+        return Ok(Owner::Keep);
+    }
+    // 4294967295 is no id for the kernel (errata 15)
+    let id = |text: &str| text.parse::<u32>().ok().filter(|&id| id != u32::MAX);
+    match text.split_once(':').map(|(uid, gid)| (id(uid), id(gid))) {
+        Some((Some(uid), Some(gid))) => Ok(Owner::Fixed(uid, gid)),
+        _ => Err("expected keep, or numbers such as 1000:1000".to_owned()),
+    }
+}
+
+fn parse_chunk_sizes(text: &str) -> Result<ChunkSizes, String> {
+    cvmfs_publish::settings::parse_chunk_sizes(text).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_declaration_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn an_owner_is_two_numbers() {
+        assert_eq!(parse_owner("0:4294967294"), Ok(Owner::Fixed(0, u32::MAX - 1)));
+        for bad in ["root:root", "1", "1:", "4294967295:0", ""] {
+            assert!(parse_owner(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_ingest_needs_something_to_do() {
+        let parse = |line: &str| Cli::try_parse_from(line.split(' '));
+        assert!(parse("cvmfs-publish ingest f --storage s --keys k").is_err());
+        assert!(parse("cvmfs-publish ingest f --storage s --keys k --tar -").is_err());
+        assert!(parse("cvmfs-publish ingest f --storage s --keys k --base b --tar - --tree t").is_err());
+        parse("cvmfs-publish ingest f --storage s --keys k --delete a b").unwrap();
+        parse("cvmfs-publish ingest f --storage s --keys k --base b --tar - --catalog --json").unwrap();
+    }
+}

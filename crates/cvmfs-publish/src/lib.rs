@@ -1,0 +1,40 @@
+//! CernVM-FS publisher: ingest, commit, check, serve.
+//!
+//! A publish reads one or more archives into memory as trees while their contents go,
+//! compressed and hashed, into the storage; applies the trees to copies of the catalogs
+//! they concern; stores the changed catalogs bottom-up; and at last replaces the manifest.
+//! Until that one rename the published state is the old one, whatever happens.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`storage`] | objects and files of a repository, the publisher's lock |
+//! | [`keys`], [`settings`] | key files; what a repository remembers about publishing |
+//! | `ingest`, `tree`, `pipeline` | from an input to objects and a tree |
+
+mod apply;
+mod commit;
+mod create;
+pub mod decompress;
+pub mod error;
+pub mod head;
+mod ingest;
+mod interrupt;
+pub mod keys;
+mod path;
+mod pipeline;
+mod publisher;
+pub mod serve;
+pub mod settings;
+pub mod storage;
+mod tree;
+mod workspace;
+
+pub use create::{DEFAULT_WHITELIST_DAYS, NewRepository, Report, create_repository};
+pub use error::PublishError;
+pub use ingest::{IngestOptions, IngestReport, MAX_WARNINGS, Owner, SpecialFiles, Whiteouts};
+pub use interrupt::Interrupt;
+pub use path::RepositoryPath;
+pub use pipeline::Counters;
+pub use publisher::{
+    Clock, CommitReport, DEFAULT_LOCK_WAIT, OpenOptions, Publisher, Transaction, system_clock,
+};

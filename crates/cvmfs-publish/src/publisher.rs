@@ -1,0 +1,367 @@
+//! Publishing: a locked repository, and transactions on it.
+//!
+//! ```no_run
+//! use std::path::Path;
+//! use cvmfs_publish::{IngestOptions, Publisher, Whiteouts};
+//!
+//! let mut publisher = Publisher::open("example.org", "/srv/cvmfs/example.org", Path::new("/etc/cvmfs/keys"))?;
+//! if !publisher.exists(b"/layers/ab")? {
+//!     let archive = std::fs::File::open("layer.tar").map_err(cvmfs_publish::PublishError::Input)?;
+//!     let options = IngestOptions { catalog: true, whiteouts: Whiteouts::Overlay, ..IngestOptions::default() };
+//!     let mut transaction = publisher.begin()?;
+//!     transaction.ingest_tar(b"/layers/ab", archive, &options)?;
+//!     let report = transaction.commit(Some("with-ab"))?;
+//!     println!("revision {}", report.revision);
+//! }
+//! # Ok::<(), cvmfs_publish::PublishError>(())
+//! ```
+
+use std::io::Read;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use cvmfs_format::signature::MasterKeys;
+
+use crate::apply::Apply;
+use crate::commit::{Commit, check_tag_name};
+use crate::error::{PublishError, shown};
+use crate::head::Head;
+use crate::ingest::{IngestOptions, IngestReport, Owner, Sink, read_directory, read_tar};
+use crate::interrupt::Interrupt;
+use crate::keys::{KeyFiles, ReleaseKeys};
+use crate::path::{RepositoryPath, parent_of};
+use crate::pipeline::{Counters, Encoding, Pipeline};
+use crate::settings::{Settings, validated};
+use crate::storage::{self, Storage, StorageLock};
+use crate::tree::{LayerTree, Meta};
+use crate::workspace::{MARKER, Workspace, joined};
+
+/// How long a second publisher waits for the first by default.
+pub const DEFAULT_LOCK_WAIT: Duration = Duration::from_secs(60);
+/// From this long before a whitelist's expiry on, every publish says so.
+const EXPIRY_WARNING: i64 = 7 * 24 * 3600;
+
+/// Unix time; injectable for tests.
+pub type Clock = fn() -> i64;
+
+/// Unix time of the system clock.
+pub fn system_clock() -> i64 {
+    time::OffsetDateTime::now_utc().unix_timestamp()
+}
+
+/// How to open a publisher.
+#[derive(Debug, Clone)]
+pub struct OpenOptions {
+    /// How long to wait for another publisher.
+    pub lock_wait: Duration,
+    /// Stops the work when asked to.
+    pub interrupt: Interrupt,
+    /// Where progress is counted.
+    pub counters: Arc<Counters>,
+    /// Source of time.
+    pub clock: Clock,
+}
+
+impl Default for OpenOptions {
+    fn default() -> OpenOptions {
+        OpenOptions {
+            lock_wait: DEFAULT_LOCK_WAIT,
+            interrupt: Interrupt::default(),
+            counters: Arc::default(),
+            clock: system_clock,
+        }
+    }
+}
+
+/// A repository that this process alone may change, until it is dropped.
+#[derive(Debug)]
+pub struct Publisher {
+    pub(crate) fqrn: String,
+    pub(crate) storage: Arc<dyn Storage>,
+    pub(crate) keys: ReleaseKeys,
+    pub(crate) head: Head,
+    pub(crate) settings: Settings,
+    pub(crate) options: OpenOptions,
+    /// Catalogs opened to answer [`Publisher::exists`].
+    looked_up: Mutex<Option<Workspace>>,
+    _lock: Box<dyn StorageLock>,
+}
+
+impl Publisher {
+    /// Opens the repository `fqrn` in `storage` with the keys in `keys`, see [`OpenOptions::default`].
+    pub fn open(fqrn: &str, storage: &str, keys: &Path) -> Result<Publisher, PublishError> {
+        Publisher::open_with(fqrn, storage, keys, OpenOptions::default())
+    }
+
+    /// Checks the keys, takes the lock, and verifies the published state: manifest, certificate, whitelist. The
+    /// certificate of the given keys must be on the whitelist, or clients would refuse the result.
+    pub fn open_with(
+        fqrn: &str,
+        storage: &str,
+        keys: &Path,
+        options: OpenOptions,
+    ) -> Result<Publisher, PublishError> {
+        let files = KeyFiles::new(keys, fqrn);
+        let storage = storage::open(storage)?;
+        let masters = files.public()?;
+        let keys = files.release()?;
+        let lock = storage.lock(options.lock_wait)?;
+        let head = verified_head(&*storage, fqrn, &masters, &keys, (options.clock)())?;
+        let settings = match head.metainfo(&*storage)? {
+            Some(metainfo) => Settings::from_metainfo(&metainfo),
+            None => Settings::foreign(),
+        };
+        Ok(Publisher {
+            fqrn: fqrn.to_owned(),
+            storage,
+            keys,
+            head,
+            settings,
+            options,
+            looked_up: Mutex::default(),
+            _lock: lock,
+        })
+    }
+
+    /// The published state that the next transaction builds on.
+    pub fn head(&self) -> &Head {
+        &self.head
+    }
+
+    /// How this repository is published.
+    pub fn settings(&self) -> Settings {
+        self.settings
+    }
+
+    /// Whether the published revision has an entry at `path`.
+    pub fn exists(&self, path: &[u8]) -> Result<bool, PublishError> {
+        let path = RepositoryPath::parse(path)?;
+        let mut looked_up = self.looked_up.lock().unwrap_or_else(PoisonError::into_inner);
+        let workspace = match looked_up.take() {
+            Some(workspace) => workspace,
+            None => Workspace::open(self.storage.clone(), self.head.manifest.root_catalog)?,
+        };
+        let workspace = looked_up.insert(workspace);
+        Ok(workspace.lookup(path.as_bytes())?.is_some())
+    }
+
+    /// Begins a transaction on the published revision. Dropping it without a commit publishes nothing; objects it
+    /// has stored remain, unreferenced.
+    pub fn begin(&mut self) -> Result<Transaction<'_>, PublishError> {
+        let workspace = Workspace::open(self.storage.clone(), self.head.manifest.root_catalog)?;
+        let counters = self.options.counters.clone();
+        let pipeline = Pipeline::start(self.storage.clone(), counters, self.settings.chunks.max);
+        Ok(Transaction { publisher: self, workspace, pipeline, started: Instant::now(), unfinished: false })
+    }
+
+    pub(crate) fn forget_lookups(&mut self) {
+        *self.looked_up.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+fn verified_head(
+    storage: &dyn Storage,
+    fqrn: &str,
+    masters: &MasterKeys,
+    keys: &ReleaseKeys,
+    now: i64,
+) -> Result<Head, PublishError> {
+    let head = Head::load(storage, fqrn, masters, now)?;
+    if !head.whitelist.lists(&keys.certificate) {
+        return Err(PublishError::Trust(format!(
+            "the certificate {fqrn}.crt is not on the repository's whitelist: clients would refuse what it signs; run `cvmfs-publish resign`"
+        )));
+    }
+    let left = head.whitelist.expires_unix().saturating_sub(now);
+    if left < EXPIRY_WARNING {
+        let expires = head.whitelist.expires;
+        tracing::warn!("the whitelist of {fqrn} expires on {expires}: run `cvmfs-publish resign`");
+    }
+    Ok(head)
+}
+
+/// What a commit published: the keys of `ingest --json`.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct CommitReport {
+    /// Repository name.
+    pub fqrn: String,
+    /// Number of the new revision.
+    pub revision: u64,
+    /// Hash of the new root catalog.
+    pub root_hash: String,
+    /// Entries read from archives and trees.
+    pub entries: u64,
+    /// Objects that were not in the storage before, catalogs included.
+    pub new_objects: u64,
+    /// Plain bytes of file contents read.
+    pub bytes_in: u64,
+    /// Stored bytes of the new objects.
+    pub bytes_stored: u64,
+    /// Time since the transaction began.
+    pub seconds: f64,
+}
+
+/// Changes that become one revision, or nothing.
+#[derive(Debug)]
+pub struct Transaction<'p> {
+    publisher: &'p mut Publisher,
+    workspace: Workspace,
+    pipeline: Pipeline,
+    started: Instant,
+    /// A change of the catalogs began and did not end: they must not be published.
+    unfinished: bool,
+}
+
+impl Transaction<'_> {
+    /// Ingests an uncompressed tar stream (see [`crate::decompress`]) below `base`, merging it with what is there.
+    ///
+    /// After an error of the archive itself the transaction is as it was before and can go on.
+    pub fn ingest_tar(
+        &mut self,
+        base: &[u8],
+        reader: impl Read + Send,
+        options: &IngestOptions,
+    ) -> Result<IngestReport, PublishError> {
+        self.ingest(base, options, |tree, sink| read_tar(reader, tree, sink))
+    }
+
+    /// Ingests the content of a local directory below `base`, merging it with what is there.
+    pub fn ingest_tree(
+        &mut self,
+        base: &[u8],
+        directory: &Path,
+        options: &IngestOptions,
+    ) -> Result<IngestReport, PublishError> {
+        self.ingest(base, options, |tree, sink| read_directory(directory, tree, sink))
+    }
+
+    /// Whether there is an entry at `path` with the changes so far.
+    pub fn exists(&mut self, path: &[u8]) -> Result<bool, PublishError> {
+        let path = RepositoryPath::parse(path)?;
+        Ok(self.workspace.lookup(path.as_bytes())?.is_some())
+    }
+
+    /// Removes an entry, a directory with everything below it. It must exist.
+    pub fn delete(&mut self, path: &[u8]) -> Result<(), PublishError> {
+        let path = RepositoryPath::parse(path)?;
+        if path.is_root() {
+            return Err(PublishError::Usage("the root of the repository cannot be deleted".to_owned()));
+        }
+        let at = self.workspace.row_catalog(path.as_bytes())?;
+        let Some(entry) = self.workspace.row(at, path.as_bytes())? else {
+            let fqrn = &self.publisher.fqrn;
+            return Err(PublishError::NotFound(format!("there is no {path} in {fqrn} to delete")));
+        };
+        self.unfinished = true;
+        let bytes = path.as_bytes();
+        if entry.is_directory() {
+            self.workspace.remove_tree(at, bytes, &entry)?;
+            let parent = parent_of(bytes);
+            let above = self.workspace.row_catalog(parent)?;
+            self.workspace.update_directory(above, parent, |parent| {
+                parent.link_count = parent.link_count.saturating_sub(1).max(2);
+            })?;
+        } else {
+            self.workspace.remove_leaf(at, bytes, &entry)?;
+            if entry.name == MARKER {
+                self.workspace.merge(parent_of(bytes))?;
+            }
+        }
+        self.unfinished = false;
+        Ok(())
+    }
+
+    /// Publishes the changes as one new revision, also if there are none. `tag` names it in the history.
+    ///
+    /// The manifest is replaced last; until then, and after any error, the old revision is the published one.
+    pub fn commit(self, tag: Option<&str>) -> Result<CommitReport, PublishError> {
+        if let Some(tag) = tag {
+            check_tag_name(tag)?;
+        }
+        if self.unfinished {
+            return Err(PublishError::damaged(
+                "transaction",
+                "a change has failed before, so nothing is published",
+            ));
+        }
+        self.pipeline.wait()?;
+        let Transaction { publisher, workspace, pipeline, started, .. } = self;
+        drop(pipeline);
+        publisher.options.interrupt.check()?;
+        let head = Commit { publisher: &*publisher, workspace }.publish(tag)?;
+        publisher.head = head;
+        publisher.forget_lookups();
+        let counters = &publisher.options.counters;
+        Ok(CommitReport {
+            fqrn: publisher.fqrn.clone(),
+            revision: publisher.head.manifest.revision,
+            root_hash: publisher.head.manifest.root_catalog.to_string(),
+            entries: counters.entries.load(Ordering::Relaxed),
+            new_objects: counters.new_objects.load(Ordering::Relaxed),
+            bytes_in: counters.bytes_in.load(Ordering::Relaxed),
+            bytes_stored: counters.bytes_stored.load(Ordering::Relaxed),
+            seconds: started.elapsed().as_secs_f64(),
+        })
+    }
+
+    fn ingest(
+        &mut self,
+        base: &[u8],
+        options: &IngestOptions,
+        read: impl FnOnce(&mut LayerTree, &mut Sink<'_>) -> Result<(), PublishError>,
+    ) -> Result<IngestReport, PublishError> {
+        let base = RepositoryPath::parse(base)?;
+        if options.catalog && base.is_root() {
+            let reason = "the repository's root is a catalog already: --catalog needs a --base below it";
+            return Err(PublishError::Usage(reason.to_owned()));
+        }
+        let settings = self.publisher.settings;
+        let encoding = Encoding {
+            algorithm: self.publisher.head.manifest.root_catalog.algorithm,
+            compression: options.compression.unwrap_or(settings.compression),
+            deflate: options.deflate.unwrap_or(settings.deflate),
+        };
+        let now = ((self.publisher.options.clock)(), 0);
+        let mut tree = LayerTree::new(now);
+        let mut sink = Sink {
+            pipeline: &self.pipeline,
+            counters: &self.publisher.options.counters,
+            interrupt: &self.publisher.options.interrupt,
+            encoding,
+            chunk_sizes: validated(options.chunk_sizes.unwrap_or(settings.chunks))?,
+            options,
+            report: IngestReport::default(),
+        };
+        read(&mut tree, &mut sink)?;
+        tree.finish()?;
+        if options.catalog && self.workspace.lookup(&joined(base.as_bytes(), MARKER))?.is_none() {
+            tree.add_marker(MARKER, marker_meta(options, now), sink.store_empty()?);
+        }
+        let report = sink.report;
+        self.pipeline.wait()?;
+        self.publisher.options.interrupt.check()?;
+        tracing::debug!(base = %shown(base.as_bytes()), entries = report.entries, "archive read, applying it");
+        self.unfinished = true;
+        let apply = Apply {
+            workspace: &mut self.workspace,
+            pipeline: &self.pipeline,
+            tree: &tree,
+            algorithm: encoding.algorithm,
+            nanoseconds: settings.nanoseconds,
+            now,
+        };
+        apply.at(&base)?;
+        self.unfinished = false;
+        Ok(report)
+    }
+}
+
+fn marker_meta(options: &IngestOptions, now: layer_tar::Timestamp) -> Meta {
+    let (uid, gid) = match options.owner {
+        Owner::Keep => (0, 0),
+        Owner::Fixed(uid, gid) => (uid, gid),
+    };
+    Meta { permissions: 0o644, uid, gid, ..Meta::implied_directory(now) }
+}

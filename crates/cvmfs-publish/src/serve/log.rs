@@ -1,0 +1,68 @@
+//! The access log: one JSON line for each request, written by its own thread.
+
+use std::io::Write;
+use std::net::SocketAddr;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::Duration;
+
+use hyper::header::{HeaderName, RANGE, USER_AGENT};
+use hyper::{Request, Response};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+/// Lines that may wait for a slow reader before new ones are dropped.
+const MAX_WAITING: usize = 4096;
+/// Longest part of a header or path that is logged.
+const MAX_FIELD: usize = 1024;
+
+#[derive(Debug)]
+pub(super) struct AccessLog {
+    lines: SyncSender<String>,
+}
+
+impl AccessLog {
+    pub(super) fn start(mut out: impl Write + Send + 'static) -> AccessLog {
+        let (lines, waiting) = sync_channel::<String>(MAX_WAITING);
+        std::thread::spawn(move || {
+            for line in waiting {
+                // a closed log must not stop the server
+                if writeln!(out, "{line}").and_then(|()| out.flush()).is_err() {
+                    return;
+                }
+            }
+        });
+        AccessLog { lines }
+    }
+
+    pub(super) fn record<B, C>(
+        &self,
+        request: &Request<B>,
+        response: &Response<C>,
+        sent: u64,
+        peer: SocketAddr,
+        took: Duration,
+    ) {
+        let header = |name: HeaderName| {
+            request
+                .headers()
+                .get(name)
+                .map(|value| String::from_utf8_lossy(clipped(value.as_bytes())).into_owned())
+        };
+        let line = serde_json::json!({
+            "time": OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default(),
+            "peer": peer.to_string(),
+            "method": request.method().as_str(),
+            "path": String::from_utf8_lossy(clipped(request.uri().path().as_bytes())),
+            "status": response.status().as_u16(),
+            "bytes": sent,
+            "range": header(RANGE),
+            "seconds": took.as_secs_f64(),
+            "agent": header(USER_AGENT),
+        });
+        let _ = self.lines.try_send(line.to_string());
+    }
+}
+
+fn clipped(bytes: &[u8]) -> &[u8] {
+    bytes.get(..MAX_FIELD).unwrap_or(bytes)
+}
