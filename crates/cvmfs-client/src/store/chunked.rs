@@ -177,11 +177,15 @@ impl ChunkedHandle {
     }
 
     /// The file itself once it is complete, for FUSE passthrough.
-    pub fn complete_file(&self) -> Option<CachedFile> {
-        match &self.assembly.backing {
-            Backing::Complete(file) => file.try_clone().ok(),
-            Backing::Partial(part) => part.complete_file().ok().flatten(),
-        }
+    ///
+    /// # Errors
+    /// [`FetchError::Local`] if no descriptor is left.
+    pub fn complete_file(&self) -> Result<Option<CachedFile>, FetchError> {
+        let file = match &self.assembly.backing {
+            Backing::Complete(file) => file.try_clone().map(Some),
+            Backing::Partial(part) => part.complete_file(),
+        };
+        file.map_err(|error| self.failed(error))
     }
 
     fn chunk_at(&self, offset: u64) -> usize {
@@ -262,7 +266,7 @@ impl ChunkedHandle {
             return Ok(None);
         }
         let name = ObjectName::new(place.hash, ObjectKind::Chunk);
-        let wanted = Wanted { name, compression: self.assembly.compression, size: Some(place.size) };
+        let wanted = Wanted { name, compression: self.assembly.compression, size: Some(place.size), hint: None };
         let units = u32::try_from(place.size.div_ceil(UNIT)).unwrap_or(u32::MAX);
         // The semaphore is never closed, and no chunk is larger than all of it.
         let _memory = self.store.0.chunked.memory.acquire_many(units).await;

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use cvmfs_format::compression::Compression;
-use cvmfs_format::hash::ObjectName;
+use cvmfs_format::hash::{ObjectKind, ObjectName};
 use serde::Serialize;
 
 pub use crate::cache::{Cache, CacheName, CacheUsage, CachedFile};
@@ -26,7 +26,9 @@ pub use crate::network::{FetchError, Fetcher, NetworkStatus, Place};
 pub use chunked::{ChunkedFile, ChunkedHandle, MAX_CHUNK};
 
 use crate::cache::is_full;
+use crate::config::ClientSettings;
 use crate::deadline::{Deadline, Patience};
+use crate::error::ClientError;
 use crate::network::Request;
 use flight::Flights;
 use verify::{Verified, Wanted};
@@ -97,8 +99,18 @@ impl ObjectStore {
         }))
     }
 
+    /// The store that `settings` describe.
+    ///
+    /// # Errors
+    /// The cache directory or the network cannot be set up.
+    pub fn open(settings: &ClientSettings) -> Result<Self, ClientError> {
+        let cache = Cache::open(&settings.cache_directory, settings.cache_limit)?;
+        Ok(Self::new(Fetcher::new(settings)?, cache))
+    }
+
     /// The object `name` as a file of decompressed bytes. With `size` its plain size is checked; state it whenever
-    /// it is known.
+    /// it is known. For catalogs and history databases it is no more than a hint: what manifests and parent
+    /// catalogs say about it is not reliable, and nobody else minds (errata 17).
     ///
     /// # Errors
     /// [`FetchError`]; the wait ends with `patience` in any case.
@@ -110,13 +122,15 @@ impl ObjectStore {
         patience: impl Into<Patience<'a>>,
     ) -> Result<CachedFile, FetchError> {
         let file = CacheName::object(&name.hash, compression);
+        let is_database = matches!(name.kind, ObjectKind::Catalog | ObjectKind::History);
+        let (size, hint) = if is_database { (None, size) } else { (size, None) };
         if let Some(found) = self.0.cache.get(&file, size) {
             self.0.hits.fetch_add(1, Ordering::Relaxed);
             return Ok(found);
         }
         self.0.misses.fetch_add(1, Ordering::Relaxed);
         let key = (file, size);
-        let wanted = Wanted { name: *name, compression, size };
+        let wanted = Wanted { name: *name, compression, size, hint };
         let outcome = match self.remembered_failure(&key) {
             Some(error) => Err(error),
             None => {
@@ -179,6 +193,11 @@ impl ObjectStore {
     /// The disk side.
     pub fn cache(&self) -> &Cache {
         &self.0.cache
+    }
+
+    /// How full the cache is.
+    pub fn cache_usage(&self) -> CacheUsage {
+        self.0.cache.usage()
     }
 
     /// Counters since the start.
@@ -244,7 +263,6 @@ impl ObjectStore {
 
 /// The name of an object in messages: what it is and where it lies.
 fn describe(name: &ObjectName) -> String {
-    use cvmfs_format::hash::ObjectKind;
     let kind = match name.kind {
         ObjectKind::File => "object",
         ObjectKind::Catalog => "catalog",

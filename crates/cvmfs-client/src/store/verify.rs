@@ -11,6 +11,8 @@ use crate::network::{Sink, SinkError};
 /// Most plain bytes of a catalog or history database whose size is not stated anywhere that can be relied on
 /// (errata 17). The largest in the field have some hundred MiB.
 const MAX_DATABASE: u64 = 2 << 30;
+/// Bytes that a database may have however small it is said to be.
+const MIN_DATABASE: u64 = 64 << 20;
 /// Most bytes of a certificate or of metainfo.
 const MAX_DOCUMENT: u64 = 1 << 20;
 /// Most plain bytes of a file without a stated size. Callers state it; this only bounds a mistake.
@@ -23,13 +25,18 @@ pub(super) struct Wanted {
     pub(super) compression: Compression,
     /// Plain bytes.
     pub(super) size: Option<u64>,
+    /// Plain bytes as somebody says who may be wrong.
+    pub(super) hint: Option<u64>,
 }
 
 impl Wanted {
     /// Most plain bytes.
     pub(super) fn max_plain(&self) -> u64 {
         self.size.unwrap_or(match self.name.kind {
-            ObjectKind::Catalog | ObjectKind::History => MAX_DATABASE,
+            ObjectKind::Catalog | ObjectKind::History => match self.hint {
+                Some(hint) => hint.saturating_mul(4).clamp(MIN_DATABASE, MAX_DATABASE),
+                None => MAX_DATABASE,
+            },
             ObjectKind::Certificate | ObjectKind::Metainfo => MAX_DOCUMENT,
             _ => MAX_FILE,
         })
