@@ -55,7 +55,10 @@ fn an_ingested_layer_is_mounted_as_it_was_packed() {
     assert!(report["entries"].as_u64().unwrap() >= 18, "{report}");
     assert!(report["revision"].as_u64().unwrap() >= 2, "{report}");
 
-    let mount = MountBuilder::new(&repository.fqrn, &repository.client_config().unwrap()).mount().unwrap();
+    let mount = MountBuilder::new(&repository.fqrn, &repository.client_config().unwrap())
+        .option("cvmfs_suid")
+        .mount()
+        .unwrap();
     let shown = walk_tree(mount.path());
     let layer = subtree(&shown, "/layers/one");
     let reference = unpack_layers(&[&tar]);
@@ -71,7 +74,10 @@ fn an_ingested_layer_is_mounted_as_it_was_packed() {
 fn an_independent_reader_and_the_client_agree_on_a_published_repository() {
     let repository = Published::create("oracle.example.org").unwrap();
     repository.ingest("a/b/layer", &rich_layer().finish(), &["--catalog", "--xattrs"]).unwrap();
-    let mount = MountBuilder::new(&repository.fqrn, &repository.client_config().unwrap()).mount().unwrap();
+    let mount = MountBuilder::new(&repository.fqrn, &repository.client_config().unwrap())
+        .option("cvmfs_suid")
+        .mount()
+        .unwrap();
     assert_same(&compare(&oracle(&repository), &walk_tree(mount.path())));
 }
 
@@ -84,7 +90,7 @@ fn each_hash_and_compression_is_published_and_read() {
         repository.ingest("layer", &tar, &[]).unwrap();
         repository.publish("check", &[]).unwrap().success().unwrap();
         let config = repository.client_config().unwrap();
-        let mount = MountBuilder::new(&repository.fqrn, &config).mount().unwrap();
+        let mount = MountBuilder::new(&repository.fqrn, &config).option("cvmfs_suid").mount().unwrap();
         assert_eq!(std::fs::read(mount.path().join("layer/d/f")).unwrap(), b"content of f", "{hash}");
         assert_same(&compare(&oracle(&repository), &walk_tree(mount.path())));
     }
@@ -112,10 +118,13 @@ fn whiteouts_are_stored_so_that_layers_stack_under_overlayfs() {
         .file("home/.wh.u", 0o644, b"")
         .finish();
     let repository = Published::create("whiteouts.example.org").unwrap();
-    repository.ingest("layers/base", &base, &["--catalog"]).unwrap();
-    repository.ingest("layers/top", &top, &["--catalog"]).unwrap();
+    repository.ingest("layers/base", &base, &["--catalog", "--whiteouts", "overlay"]).unwrap();
+    repository.ingest("layers/top", &top, &["--catalog", "--whiteouts", "overlay"]).unwrap();
     // Without the layer view: the stored form alone is right, for any client.
-    let mount = MountBuilder::new(&repository.fqrn, &repository.client_config().unwrap()).mount().unwrap();
+    let mount = MountBuilder::new(&repository.fqrn, &repository.client_config().unwrap())
+        .option("cvmfs_suid")
+        .mount()
+        .unwrap();
     let overlay = Overlay::of(&[&mount.path().join("layers/top"), &mount.path().join("layers/base")]);
     let reference = unpack_layers(&[&base, &top]);
     let comparable = |entries: Vec<TreeEntry>| -> Vec<TreeEntry> {

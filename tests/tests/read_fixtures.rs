@@ -8,9 +8,10 @@ mod common;
 use common::assert_same;
 use testkit::{Fixture, Mount, MountBuilder, Origin, compare, walk_tree};
 
-/// The variables with which the ground truth was recorded; variant symbolic links show them.
+/// The option and the variables with which the ground truth was recorded; variant symbolic links show them.
 fn mount(fixture: &Fixture, origin: &Origin) -> Mount {
     MountBuilder::new(&fixture.fqrn, &fixture.client_config(&origin.url()).unwrap())
+        .option("cvmfs_suid")
         .environment("PEER_ARCH", "x86_64-el9")
         .environment("PEER_VER", "v1.0")
         .mount()

@@ -77,6 +77,7 @@ fn differences(name: &str) -> (Vec<String>, Mount, Fixture, Origin) {
     let origin = Origin::serve(&fixture.storage).unwrap();
     let config = fixture.client_config(&origin.url()).unwrap();
     let mount = MountBuilder::new(&fixture.fqrn, &config)
+        .option("cvmfs_suid")
         .environment("PEER_ARCH", "x86_64-el9")
         .environment("PEER_VER", "v1.0")
         .mount()
