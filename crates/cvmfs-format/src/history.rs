@@ -93,6 +93,9 @@ pub enum HistoryError {
         "tag name {0:?} is empty, longer than 255 bytes, or contains blanks, slashes or control characters"
     )]
     BadName(String),
+    /// A revision or size needs more than 63 bits.
+    #[error("tag {0:?}: revision or size exceeds 63 bits")]
+    TooLarge(String),
     /// The tag's branch does not exist.
     #[error("tag {name:?} is on branch {branch:?}, which does not exist")]
     NoBranch {
@@ -195,9 +198,7 @@ impl History {
     /// Adds a tag; one with the same name is an error.
     pub fn insert(&mut self, tag: &Tag) -> Result<()> {
         self.check_writable()?;
-        check_name(&tag.name)?;
-        self.check_branch(tag)?;
-        let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        let (revision, size) = self.check_storable(tag)?;
         let inserted = self
             .connection
             .prepare_cached(
@@ -208,10 +209,10 @@ impl History {
                 statement.execute(params![
                     tag.name,
                     tag.root_catalog.to_string(),
-                    number(tag.revision),
+                    revision,
                     tag.timestamp,
                     tag.description,
-                    number(tag.root_catalog_size),
+                    size,
                     tag.branch
                 ])
             });
@@ -228,7 +229,7 @@ impl History {
 
     /// Adds a tag or replaces the one with the same name.
     pub fn replace(&mut self, tag: &Tag) -> Result<()> {
-        check_name(&tag.name)?;
+        self.check_storable(tag)?;
         self.execute("DELETE FROM tags WHERE name = ?1", [&tag.name])?;
         self.insert(tag)
     }
@@ -320,16 +321,19 @@ impl History {
         Ok(changed)
     }
 
-    fn check_branch(&self, tag: &Tag) -> Result<()> {
-        let exists = self
+    /// Checks the rules a tag must keep; returns revision and size as the columns hold them.
+    fn check_storable(&self, tag: &Tag) -> Result<(i64, i64)> {
+        check_name(&tag.name)?;
+        let branch_exists = self
             .connection
             .prepare_cached("SELECT 1 FROM branches WHERE branch = ?1")
             .and_then(|mut statement| statement.exists([&tag.branch]))
             .doing(READING)?;
-        if exists {
-            return Ok(());
+        if !branch_exists {
+            return Err(HistoryError::NoBranch { name: tag.name.clone(), branch: tag.branch.clone() });
         }
-        Err(HistoryError::NoBranch { name: tag.name.clone(), branch: tag.branch.clone() })
+        let number = |value: u64| i64::try_from(value).map_err(|_| HistoryError::TooLarge(tag.name.clone()));
+        Ok((number(tag.revision)?, number(tag.root_catalog_size)?))
     }
 
     fn check_writable(&self) -> Result<()> {

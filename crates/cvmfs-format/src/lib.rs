@@ -3,7 +3,7 @@
 //! A repository is a set of static files: a signed manifest, a signed whitelist, and objects named by the hash of
 //! their stored bytes. Catalogs (the file system's metadata), the history (tags) and the reflog are SQLite files.
 //! This crate turns those bytes into types and types into bytes. Section numbers in its documentation are those of
-//! the repository format description (`docs/`).
+//! the description of the repository format.
 //!
 //! Invariants:
 //!
@@ -13,6 +13,7 @@
 //!   panics.
 //! * What is written is what the C++ tools 2.12 write: same tables, same columns, same properties, same counters.
 
+pub mod blacklist;
 pub mod catalog;
 pub mod chunking;
 pub mod compression;

@@ -28,17 +28,24 @@ pub struct Catalog {
     pub(super) schema: Schema,
     sql: Statements,
     properties: Properties,
-    has_bind_mountpoints: bool,
-    has_nested_size: bool,
 }
 
-/// Statements that depend on the catalog's columns.
+/// Statements that depend on the catalog's tables and columns.
 struct Statements {
     lookup: String,
     list: String,
     by_rowid: String,
     by_prefix: String,
     all: String,
+    /// None if the catalog has no nested catalogs: most are leaves, and the question comes with every name that
+    /// does not exist.
+    nested: Option<ReferenceStatements>,
+    bound: Option<ReferenceStatements>,
+}
+
+struct ReferenceStatements {
+    all: String,
+    at: String,
 }
 
 struct Properties {
@@ -68,10 +75,10 @@ pub struct NestedCatalog {
 impl Catalog {
     /// Opens a complete catalog file. The file must not be changed while it is open.
     pub fn open(path: &Path) -> Result<Self> {
-        Self::from_connection(open_immutable(WHAT, path)?)
+        Self::from_connection(open_immutable(WHAT, path)?, Access::Read)
     }
 
-    pub(super) fn from_connection(connection: Connection) -> Result<Self> {
+    pub(super) fn from_connection(connection: Connection, access: Access) -> Result<Self> {
         connection.set_prepared_statement_cache_capacity(STATEMENTS);
         let schema = Schema::read(&connection, WHAT)?;
         if !(schema.is(SCHEMA) || schema.is(2.4) || schema.version < 2.0) {
@@ -81,12 +88,9 @@ impl Catalog {
         for table in ["catalog", "nested_catalogs"] {
             require_table(&connection, WHAT, table)?;
         }
-        let select = rows::select(&connection, &schema)?;
         Ok(Self {
-            sql: Statements::new(&select),
+            sql: Statements::new(&connection, &schema, access)?,
             properties: Properties::read(&connection)?,
-            has_bind_mountpoints: schema.revision >= 4 && has_table(&connection, "bind_mountpoints")?,
-            has_nested_size: schema.revision >= 1,
             schema,
             connection,
         })
@@ -309,10 +313,10 @@ impl Catalog {
     }
 
     fn references(&self, table: Reference) -> Result<Vec<NestedCatalog>> {
-        let Some(sql) = self.reference_sql(table, "ORDER BY path") else {
+        let Some(sql) = self.sql.references(table) else {
             return Ok(Vec::new());
         };
-        let mut statement = self.connection.prepare_cached(&sql).doing(READING)?;
+        let mut statement = self.connection.prepare_cached(&sql.all).doing(READING)?;
         let mut rows = statement.query([]).doing(READING)?;
         let mut found = Vec::new();
         while let Some(row) = rows.next().doing(READING)? {
@@ -322,22 +326,12 @@ impl Catalog {
     }
 
     fn reference_at(&self, table: Reference, path: &[u8]) -> Result<Option<NestedCatalog>> {
-        let Some(sql) = self.reference_sql(table, "WHERE path = ?1") else {
+        let Some(sql) = self.sql.references(table) else {
             return Ok(None);
         };
-        let mut statement = self.connection.prepare_cached(&sql).doing(READING)?;
+        let mut statement = self.connection.prepare_cached(&sql.at).doing(READING)?;
         let mut rows = statement.query([Text(path)]).doing(READING)?;
         rows.next().doing(READING)?.map(|row| table.decode(row)).transpose()
-    }
-
-    fn reference_sql(&self, table: Reference, clause: &str) -> Option<String> {
-        let size = if self.has_nested_size { "size" } else { "0" };
-        match table {
-            Reference::Nested => Some(format!("SELECT path, sha1, {size} FROM nested_catalogs {clause}")),
-            Reference::Bind => self
-                .has_bind_mountpoints
-                .then(|| format!("SELECT path, sha1, size FROM bind_mountpoints {clause}")),
-        }
     }
 
     fn read_counters(&self) -> Result<(Counters, Vec<String>)> {
@@ -387,14 +381,43 @@ impl fmt::Debug for Catalog {
 }
 
 impl Statements {
-    fn new(select: &str) -> Self {
-        Self {
+    fn new(connection: &Connection, schema: &Schema, access: Access) -> Result<Self> {
+        let select = rows::select(connection, schema)?;
+        let size = if schema.revision >= 1 { "size" } else { "0" };
+        let has_bound = schema.revision >= 4 && has_table(connection, "bind_mountpoints")?;
+        Ok(Self {
             lookup: format!("{select} WHERE md5path_1 = ?1 AND md5path_2 = ?2"),
             list: format!("{select} WHERE parent_1 = ?1 AND parent_2 = ?2"),
             by_rowid: format!("{select} WHERE rowid = ?1"),
             by_prefix: format!("{select} WHERE md5path_1 BETWEEN ?1 AND ?2 ORDER BY md5path_1, md5path_2"),
             all: format!("{select} ORDER BY rowid"),
+            nested: ReferenceStatements::new(connection, "nested_catalogs", size, access)?,
+            bound: match has_bound {
+                true => ReferenceStatements::new(connection, "bind_mountpoints", "size", access)?,
+                false => None,
+            },
+        })
+    }
+
+    fn references(&self, table: Reference) -> Option<&ReferenceStatements> {
+        match table {
+            Reference::Nested => self.nested.as_ref(),
+            Reference::Bind => self.bound.as_ref(),
         }
+    }
+}
+
+impl ReferenceStatements {
+    fn new(connection: &Connection, table: &str, size: &str, access: Access) -> Result<Option<Self>> {
+        let has_rows = connection
+            .prepare(&format!("SELECT 1 FROM {table}"))
+            .and_then(|mut all| all.exists([]))
+            .doing(READING)?;
+        let statements = Self {
+            all: format!("SELECT path, sha1, {size} FROM {table} ORDER BY path"),
+            at: format!("SELECT path, sha1, {size} FROM {table} WHERE path = ?1"),
+        };
+        Ok((has_rows || access == Access::Write).then_some(statements))
     }
 }
 
@@ -412,6 +435,13 @@ impl Properties {
             voms_authz: property(connection, "voms_authz")?.filter(|value| !value.is_empty()),
         })
     }
+}
+
+/// Whether the rows of a catalog can still change.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Access {
+    Read,
+    Write,
 }
 
 /// The two tables that refer to other catalogs.

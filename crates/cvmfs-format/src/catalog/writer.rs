@@ -11,7 +11,7 @@ use rusqlite::{ErrorCode, params};
 
 use super::counters::{Counters, Counts};
 use super::entry::{Chunk, Entry, MAX_NAME};
-use super::reader::{Catalog, WHAT};
+use super::reader::{Access, Catalog, WHAT};
 use super::{CatalogError, Result, schema};
 use crate::container::{self, ContainerError, Doing, Text, is_wasteful, set_property};
 use crate::hash::{ContentHash, PathHash, shown};
@@ -42,17 +42,15 @@ impl CatalogWriter {
         container::create_new(WHAT, path)?;
         let connection = container::open_scratch(WHAT, path, Some(schema::PAGE_SIZE))?;
         schema::create(&connection, root_prefix)?;
-        Self::new(Catalog::from_connection(connection)?)
+        let catalog = Catalog::from_connection(connection, Access::Write)?;
+        Ok(Self { catalog, delta: Counters::default(), last_group: None })
     }
 
     /// Opens a catalog to change it; it must be the caller's own copy. Older schema revisions are upgraded.
     pub fn open(path: &Path) -> Result<Self> {
         let connection = container::open_scratch(WHAT, path, None)?;
         schema::upgrade(&connection)?;
-        Self::new(Catalog::from_connection(connection)?)
-    }
-
-    fn new(catalog: Catalog) -> Result<Self> {
+        let catalog = Catalog::from_connection(connection, Access::Write)?;
         Ok(Self { catalog, delta: Counters::default(), last_group: None })
     }
 

@@ -5,6 +5,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use der::asn1::GeneralizedTime;
+use rand::TryRng;
 use rand::rngs::SysRng;
 use rsa::pkcs1v15::SigningKey;
 use rsa::pkcs8::EncodePublicKey;
@@ -89,9 +90,12 @@ fn build(fqrn: &str, now: i64, key: PrivateKey) -> Result<String, x509_cert::bui
     let validity = Validity::new(time(now)?, time(now.saturating_add(VALIDITY))?);
     let public = key.0.as_public_key().to_public_key_der()?;
     let public = SubjectPublicKeyInfoOwned::try_from(public.as_bytes())?;
-    let serial: [u8; 16] = rand::random();
-    // A leading one bit pattern keeps the number positive and free of leading zeros.
-    let serial = SerialNumber::new(&[&[0x40], serial.as_slice()].concat())?;
+    // The leading byte keeps the number positive and free of leading zeros.
+    let mut serial = [0x40; 17];
+    SysRng
+        .try_fill_bytes(&mut serial[1..])
+        .map_err(|_| x509_cert::builder::Error::Signature(Default::default()))?;
+    let serial = SerialNumber::new(&serial)?;
     let signer = SigningKey::<Sha256>::new(key.0);
     let certificate = CertificateBuilder::new(profile, serial, validity, public)?
         .build::<_, rsa::pkcs1v15::Signature>(&signer)?;

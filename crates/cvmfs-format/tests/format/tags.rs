@@ -130,6 +130,8 @@ fn tags_that_exist_are_missing_or_have_unusable_names_are_errors() {
     for name in ["", "a b", "a\tb", "a/b", "a\0", &"x".repeat(256)] {
         assert!(matches!(history.insert(&tag(name, 1)), Err(HistoryError::BadName(_))), "{name:?}");
     }
+    let huge = Tag { revision: 1 << 63, ..tag("v1", 1) };
+    assert!(matches!(history.replace(&huge), Err(HistoryError::TooLarge(_))));
     let branched = Tag { branch: "other".to_owned(), ..tag("v3", 3) };
     assert!(matches!(history.insert(&branched), Err(HistoryError::NoBranch { .. })));
     history.finish(None).unwrap();
