@@ -47,6 +47,8 @@ pub(crate) enum Verb {
     Mkfs(Mkfs),
     /// Publish tar archives, directories and deletions as one new revision
     Ingest(Ingest),
+    /// Verify a whole repository: signatures, every catalog, every object
+    Check(Check),
     /// Serve a directory over HTTP for trials (no TLS; first line on standard output: its address; access log as JSON lines on standard error)
     Serve(Serve),
 }
@@ -162,6 +164,28 @@ impl From<SpecialFilesArg> for SpecialFiles {
             SpecialFilesArg::Skip => SpecialFiles::Skip,
         }
     }
+}
+
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("trust").args(["keys", "public_key"]).required(true)))]
+pub(crate) struct Check {
+    #[command(flatten)]
+    pub(crate) place: Place,
+    /// Directory with FQRN.pub
+    #[arg(long, value_name = "DIR")]
+    pub(crate) keys: Option<PathBuf>,
+    /// File with the public master key
+    #[arg(long, value_name = "FILE")]
+    pub(crate) public_key: Option<PathBuf>,
+    /// Check all tagged revisions, too
+    #[arg(long)]
+    pub(crate) tags: bool,
+    /// Only look whether objects are there, do not read them
+    #[arg(long)]
+    pub(crate) no_contents: bool,
+    /// Do not look for stored objects that no revision refers to
+    #[arg(long)]
+    pub(crate) no_unreferenced: bool,
 }
 
 #[derive(Debug, Args)]

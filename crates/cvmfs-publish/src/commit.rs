@@ -290,6 +290,13 @@ impl Scratch {
         Ok(Scratch(storage.scratch()?))
     }
 
+    /// In the system's temporary directory, for work on a storage that may be read-only.
+    pub(crate) fn in_temporary_directory() -> Result<Scratch, PublishError> {
+        let directory = tempfile::Builder::new().prefix("cvmfs-publish.").tempdir();
+        let directory = directory.map_err(PublishError::local("create", std::env::temp_dir()))?;
+        Ok(Scratch(directory.keep()))
+    }
+
     pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }

@@ -12,6 +12,7 @@
 //! | `ingest`, `tree`, `pipeline` | from an input to objects and a tree |
 
 mod apply;
+pub mod check;
 mod commit;
 mod create;
 pub mod decompress;

@@ -19,7 +19,8 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     }
     match run::run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             let code = error.exit_code();
             eprintln!("error: {:#}", anyhow::Error::from(error));

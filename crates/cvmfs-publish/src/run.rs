@@ -3,28 +3,33 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use cvmfs_publish::check::{CheckOptions, CheckReport};
+use cvmfs_publish::keys::{KeyFiles, read_public};
 use cvmfs_publish::serve::Server;
 use cvmfs_publish::{
     Counters, IngestOptions, IngestReport, Interrupt, NewRepository, OpenOptions, PublishError, Publisher,
-    create_repository, decompress,
+    create_repository, decompress, storage,
 };
 use serde::Serialize;
 
-use crate::cli::{Cli, Ingest, Mkfs, Serve, Verb};
+use crate::cli::{Check, Cli, Ingest, Mkfs, Serve, Verb};
 use crate::progress::Progress;
 use crate::signals;
 
-/// Runs one command.
-pub(crate) fn run(cli: Cli) -> Result<(), PublishError> {
+/// Runs one command; false if it found what it was asked to look for: problems.
+pub(crate) fn run(cli: Cli) -> Result<bool, PublishError> {
     let json = cli.common.json;
     match cli.verb {
-        Verb::Mkfs(arguments) => mkfs(arguments, json),
-        Verb::Ingest(arguments) => ingest(arguments, json),
-        Verb::Serve(arguments) => serve(&arguments),
+        Verb::Mkfs(arguments) => mkfs(arguments, json)?,
+        Verb::Ingest(arguments) => ingest(arguments, json)?,
+        Verb::Check(arguments) => return check(arguments, json),
+        Verb::Serve(arguments) => serve(&arguments)?,
     }
+    Ok(true)
 }
 
 fn mkfs(arguments: Mkfs, json: bool) -> Result<(), PublishError> {
@@ -111,6 +116,59 @@ fn ingest(arguments: Ingest, json: bool) -> Result<(), PublishError> {
         }
         text
     })
+}
+
+fn check(arguments: Check, json: bool) -> Result<bool, PublishError> {
+    let fqrn = &arguments.place.fqrn;
+    let masters = match (&arguments.public_key, &arguments.keys) {
+        (Some(file), _) => read_public(file)?,
+        (None, keys) => KeyFiles::new(keys.as_deref().unwrap_or(Path::new(".")), fqrn).public()?,
+    };
+    let options = CheckOptions {
+        tags: arguments.tags,
+        contents: !arguments.no_contents,
+        unreferenced: !arguments.no_unreferenced,
+        ..CheckOptions::new(fqrn, storage::open(&arguments.place.storage)?, masters)
+    };
+    let progress = Progress::start(options.counters.clone());
+    let report = cvmfs_publish::check::check(&options)?;
+    drop(progress);
+    print(json, &report, || describe(&report))?;
+    Ok(report.ok)
+}
+
+fn describe(report: &CheckReport) -> String {
+    let mut lines = Vec::new();
+    for problem in &report.problems {
+        let object = problem.object.as_deref().map(|object| format!(" ({object})")).unwrap_or_default();
+        lines.push(format!("problem: {}: {}{object}", problem.path, problem.message));
+    }
+    lines.extend(report.notes.iter().map(|note| format!("note: {note}")));
+    for object in &report.unreferenced {
+        lines.push(format!("unreferenced: {} ({} bytes)", object.object, object.bytes));
+    }
+    lines.push(format!(
+        "{}: revision {}: {} catalogs, {} entries, {} objects with {} bytes checked in {:.1} s",
+        report.fqrn,
+        report.revision,
+        report.catalogs,
+        report.entries,
+        report.objects,
+        report.bytes,
+        report.seconds
+    ));
+    if report.unreferenced_count > 0 {
+        lines.push(format!(
+            "{} objects with {} bytes are not referred to by any revision",
+            report.unreferenced_count, report.unreferenced_bytes
+        ));
+    }
+    lines.push(match report.problem_count {
+        0 => "no problems found".to_owned(),
+        1 => "1 problem found".to_owned(),
+        count => format!("{count} problems found"),
+    });
+    lines.join("\n")
 }
 
 fn serve(arguments: &Serve) -> Result<(), PublishError> {
