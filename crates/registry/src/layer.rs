@@ -103,6 +103,16 @@ impl<R: Read> LayerStream<R> {
         Ok(self.plain_bytes)
     }
 
+    /// The reader that the blob came from, wherever it stands.
+    pub fn into_blob(self) -> R {
+        let blob = match self.decoder {
+            Decoder::Plain(blob) => blob,
+            Decoder::Gzip(decoder) => decoder.into_inner(),
+            Decoder::Zstd(decoder) => decoder.into_inner(),
+        };
+        blob.into_inner().into_inner().1
+    }
+
     fn verify(&mut self) -> io::Result<()> {
         let Some(digester) = self.digester.take() else { return Ok(()) };
         let found = digester.finish();

@@ -1,0 +1,225 @@
+//! The arguments, as the command-line contract has them.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use registry::{
+    Client, ClientSettings, Endpoint, ImageSource, Platform, Reference, ReferenceTransport, RegistryError,
+};
+
+use crate::failure::ConvertError;
+
+/// The registry of the original if none is named.
+const DEFAULT_REGISTRY: &str = "https://registry-1.docker.io/v2";
+
+/// Convert images of a registry to CernVM-FS layers and thin images
+#[derive(Debug, Parser)]
+#[command(
+    name = "docker2cvmfs",
+    version,
+    max_term_width = 100,
+    after_help = "\
+Credentials are taken from the files and helpers of docker login and podman login. Plain
+HTTP is spoken to loopback addresses and to registries written with http:// in front.
+
+Examples:
+  docker2cvmfs convert debian:12 --repository images.example.org \\
+      --storage /srv/cvmfs/images.example.org --keys /etc/cvmfs/keys \\
+      --output registry.example.org/thin/debian:12
+  docker2cvmfs thin library/debian:12 images.example.org/layers > thin.json
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 trust, 4 network, 5 not found, 6 out of space."
+)]
+pub(super) struct Arguments {
+    #[command(subcommand)]
+    pub(super) command: Option<Command>,
+    /// The registry's API, the path /v2 included, for images named without a registry
+    /// [default: https://registry-1.docker.io/v2]
+    #[arg(long, global = true, value_name = "URL")]
+    registry: Option<String>,
+    /// Print version and commit like docker2cvmfs 0.3
+    #[arg(short = 'v')]
+    pub(super) original_version: bool,
+    /// Print one JSON document on stdout, and no progress
+    #[arg(long, global = true)]
+    pub(super) json: bool,
+    /// Lowest level that is logged: error, warn, info, debug or trace
+    #[arg(long, global = true, value_name = "LEVEL", default_value = "warn")]
+    pub(super) log_level: tracing::Level,
+    /// Form of the log on stderr
+    #[arg(long, global = true, value_name = "FORMAT", default_value = "text")]
+    pub(super) log_format: LogFormat,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(super) enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Print an image's manifest
+    Manifest(ImageArguments),
+    /// Print an image's configuration
+    Config(ImageArguments),
+    /// Print the descriptor thin.json of an image whose layers are in a repository
+    Thin(ThinArguments),
+    /// Fetch an image's layers into a directory, or publish them in a repository
+    Pull(PullArguments),
+    /// Publish an image's layers and load the thin image into the local Docker engine
+    MakeThin(MakeThinArguments),
+    /// Publish an image's layers and make the thin image
+    Convert(ConvertArguments),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ImageArguments {
+    /// REPOSITORY[:TAG][@DIGEST]
+    #[arg(value_name = "REPO:TAG")]
+    pub(super) image: String,
+    #[command(flatten)]
+    pub(super) platform: PlatformArgument,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct PlatformArgument {
+    /// Which image of an index to take: os/architecture[/variant] [default: this machine's]
+    #[arg(long, value_name = "PLATFORM")]
+    pub(super) platform: Option<Platform>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ThinArguments {
+    #[command(flatten)]
+    pub(super) image: ImageArguments,
+    /// Repository and directory of the layers, for example images.example.org/layers
+    #[arg(value_name = "CVMFS_REPO/PREFIX")]
+    pub(super) place: String,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct PullArguments {
+    #[command(flatten)]
+    pub(super) image: ImageArguments,
+    /// Directory for the layers, as <digest>.tar.gz
+    #[arg(value_name = "DIRECTORY", required_unless_present = "repository", conflicts_with = "repository")]
+    pub(super) directory: Option<PathBuf>,
+    /// Publish the layers in this repository instead
+    #[arg(long, short, value_name = "FQRN", requires_all = ["storage", "keys"])]
+    pub(super) repository: Option<String>,
+    /// Storage of the repository: a directory
+    #[arg(long, value_name = "STORAGE", requires = "repository")]
+    pub(super) storage: Option<String>,
+    /// Directory with the keys of the repository: FQRN.pub, FQRN.crt, FQRN.key
+    #[arg(long, value_name = "DIR", requires = "repository")]
+    pub(super) keys: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) layout: LayoutArguments,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct LayoutArguments {
+    /// Directory in the repository that holds the layers
+    #[arg(long, short, value_name = "PATH", default_value = "layers")]
+    pub(super) subdirectory: String,
+    /// Directory for downloads, needs room for the compressed layers [default: $TMPDIR, else /var/tmp]
+    #[arg(long, value_name = "DIR")]
+    pub(super) spool: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct MakeThinArguments {
+    /// Image to convert
+    #[arg(long, short, value_name = "REPO:TAG")]
+    pub(super) input_reference: String,
+    /// Name of the thin image in the local Docker engine
+    #[arg(long, short, value_name = "NAME[:TAG]")]
+    pub(super) output_reference: Reference,
+    /// Repository for the layers
+    #[arg(long, short, value_name = "FQRN")]
+    pub(super) repository: String,
+    /// Storage of the repository: a directory [default: /srv/cvmfs/FQRN]
+    #[arg(long, value_name = "STORAGE")]
+    pub(super) storage: Option<String>,
+    /// Directory with the keys of the repository
+    #[arg(long, value_name = "DIR", default_value = "/etc/cvmfs/keys")]
+    pub(super) keys: PathBuf,
+    #[command(flatten)]
+    pub(super) platform: PlatformArgument,
+    #[command(flatten)]
+    pub(super) layout: LayoutArguments,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ConvertArguments {
+    /// [http://]REGISTRY[:PORT]/NAME[:TAG][@DIGEST], or a short name of Docker Hub
+    #[arg(value_name = "IMAGE")]
+    pub(super) image: String,
+    /// Storage of the repository: a directory
+    #[arg(long, value_name = "STORAGE")]
+    pub(super) storage: String,
+    /// Directory with the keys of the repository: FQRN.pub, FQRN.crt, FQRN.key
+    #[arg(long, value_name = "DIR")]
+    pub(super) keys: PathBuf,
+    /// Repository for the layers
+    #[arg(long, short, value_name = "FQRN")]
+    pub(super) repository: String,
+    #[command(flatten)]
+    pub(super) platform: PlatformArgument,
+    #[command(flatten)]
+    pub(super) layout: LayoutArguments,
+    /// Push the thin image to a registry
+    #[arg(long, short, value_name = "REF", conflicts_with = "output_archive")]
+    pub(super) output: Option<Reference>,
+    /// Write the thin image to a file for docker load
+    #[arg(long, value_name = "FILE")]
+    pub(super) output_archive: Option<PathBuf>,
+    /// Name of the image in the file [default: the source's with _thin behind the repository]
+    #[arg(long, value_name = "NAME[:TAG]", requires = "output_archive")]
+    pub(super) name: Option<Reference>,
+    /// Only say what would be done
+    #[arg(long)]
+    pub(super) dry_run: bool,
+}
+
+impl Arguments {
+    /// The registry URL as typed, or the default one.
+    pub(super) fn registry_url(&self) -> &str {
+        self.registry.as_deref().unwrap_or(DEFAULT_REGISTRY)
+    }
+
+    /// The image that a text means. With `--registry` it is a repository on that
+    /// registry, as in the original; otherwise it is read as Docker reads it.
+    pub(super) fn image(&self, text: &str) -> Result<Reference, ConvertError> {
+        let Some(registry) = &self.registry else {
+            return match text.parse::<ImageSource>().map_err(RegistryError::from)? {
+                ImageSource::Registry(reference) => Ok(reference),
+                local @ (ImageSource::DockerArchive { .. } | ImageSource::OciDirectory { .. }) => {
+                    Err(ConvertError::Usage(format!(
+                        "{local}: local images cannot be converted by this version; push it to a registry first, \
+                         for example with `skopeo copy {local} docker://REGISTRY/NAME:TAG`"
+                    )))
+                }
+            };
+        };
+        let (transport, host) = Endpoint::parse(registry)?.registry();
+        Ok(Reference::on_registry(text, &host, transport).map_err(RegistryError::from)?)
+    }
+
+    /// `TEXT@REGISTRY_URL`, the origin in descriptors of the original.
+    pub(super) fn original_origin(&self, text: &str) -> Result<String, ConvertError> {
+        let reference = self.image(text)?;
+        let is_named = self.registry.is_none() && reference.transport != ReferenceTransport::Auto;
+        if is_named || (self.registry.is_none() && reference.registry != "docker.io") {
+            return Ok(format!("{text}@{}", Endpoint::of(&reference)?.as_str()));
+        }
+        Ok(format!("{text}@{}", self.registry_url()))
+    }
+
+    /// A client for sources, which `--registry` applies to.
+    pub(super) fn source_client(&self) -> Result<Client, ConvertError> {
+        let endpoint = self.registry.as_deref().map(Endpoint::parse).transpose()?;
+        Ok(Client::new(ClientSettings { endpoint, ..ClientSettings::default() })?)
+    }
+}

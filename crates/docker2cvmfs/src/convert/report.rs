@@ -1,0 +1,107 @@
+//! What a conversion did: the keys of `convert --json`.
+
+use indicatif::HumanBytes;
+use registry::Digest;
+use serde::Serialize;
+
+use super::{ConvertRequest, PlannedLayer, missing};
+
+/// What a conversion did, or would do.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    /// The source image.
+    pub image: String,
+    /// Digest of its manifest.
+    pub digest: String,
+    /// Its layers, base first.
+    pub layers: Vec<LayerReport>,
+    /// Bytes of layers fetched from the registry.
+    pub bytes_downloaded: u64,
+    /// Stored bytes of the repository's new objects.
+    pub bytes_stored: u64,
+    /// The repository's revision that has all layers; of a dry run the current one.
+    pub revision: u64,
+    /// Reference or file of the thin image; none if none was asked for.
+    pub output: Option<String>,
+    /// Time from begin to end.
+    pub seconds: f64,
+    /// Bytes that were or would be fetched; the plan's line needs it.
+    #[serde(skip)]
+    missing_bytes: u64,
+}
+
+/// One layer of the image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LayerReport {
+    /// Digest of its blob.
+    pub digest: String,
+    /// Its directory in the repository.
+    pub path: String,
+    /// Whether it had to be published.
+    pub state: LayerState,
+}
+
+/// Whether a layer was in the repository before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LayerState {
+    /// It was published by this conversion, or would be.
+    New,
+    /// It was there.
+    Present,
+}
+
+impl Report {
+    pub(super) fn begin(
+        request: &ConvertRequest,
+        digest: &Digest,
+        layers: &[PlannedLayer],
+        revision: u64,
+    ) -> Self {
+        let layer = |layer: &PlannedLayer| LayerReport {
+            digest: layer.blob.digest.to_string(),
+            path: layer.path(),
+            state: layer.state,
+        };
+        Self {
+            image: request.image.to_string(),
+            digest: digest.to_string(),
+            layers: layers.iter().map(layer).collect(),
+            bytes_downloaded: 0,
+            bytes_stored: 0,
+            revision,
+            output: None,
+            seconds: 0.0,
+            missing_bytes: missing(layers).iter().map(|wanted| wanted.blob.size).sum(),
+        }
+    }
+
+    pub(super) fn plan_line(&self) -> String {
+        let new = self.layers.iter().filter(|layer| layer.state == LayerState::New).count();
+        format!(
+            "{}: {} layers, {new} of them new ({} to fetch)",
+            self.image,
+            self.layers.len(),
+            HumanBytes(self.missing_bytes)
+        )
+    }
+
+    /// The report for people, several lines.
+    pub fn to_text(&self) -> String {
+        let mut text = format!("image     {}\ndigest    {}\n", self.image, self.digest);
+        for layer in &self.layers {
+            let state = match layer.state {
+                LayerState::New => "new",
+                LayerState::Present => "present",
+            };
+            text.push_str(&format!("layer     {} {state}\n", layer.path));
+        }
+        let (downloaded, stored) = (HumanBytes(self.bytes_downloaded), HumanBytes(self.bytes_stored));
+        text.push_str(&format!("revision  {}\n", self.revision));
+        if let Some(output) = &self.output {
+            text.push_str(&format!("output    {output}\n"));
+        }
+        text.push_str(&format!("{downloaded} downloaded, {stored} stored, {:.1} s\n", self.seconds));
+        text
+    }
+}

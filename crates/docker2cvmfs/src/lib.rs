@@ -1,0 +1,31 @@
+//! Registry images to CernVM-FS layers and thin images.
+//!
+//! [`convert`] turns an image of a registry into content of a repository and a thin
+//! image that refers to it:
+//!
+//! 1. the image's manifest and configuration are fetched and verified;
+//! 2. the published revision is asked, without a lock, which layers it has;
+//! 3. the missing ones are downloaded into a spool and checked wholly: digest of the
+//!    blob, diff id of the content, every entry of the archive;
+//! 4. all of them are ingested in one transaction, so in one revision;
+//! 5. the thin image is pushed or written to a file.
+//!
+//! Invariants:
+//!
+//! * Nothing reaches the repository before all layers of the image were verified.
+//! * The publisher's lock is held for step 4 only, never while waiting for a network.
+//! * A revision has all layers of an image or none; the thin image comes after it.
+//! * The thin image depends on nothing but its source and its place in the repository:
+//!   the same conversion gives the same bytes.
+
+pub mod cli;
+pub mod convert;
+mod failure;
+mod progress;
+mod published;
+mod spool;
+pub mod thin;
+
+pub use convert::{Conversion, ConvertRequest, LayerReport, LayerState, Output, Report};
+pub use failure::{ConvertError, ExitStatus};
+pub use progress::Progress;

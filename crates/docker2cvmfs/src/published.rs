@@ -1,0 +1,120 @@
+//! What the published revision has, looked up without the publisher's lock.
+//!
+//! A layer is published as a whole or not at all, so a directory at its path means that
+//! the layer is there. The signatures are verified first: an answer from a forged
+//! catalog would make us skip layers.
+
+use std::fs::File;
+use std::io::{BufWriter, Read, Write as _};
+use std::path::Path;
+use std::sync::Arc;
+
+use cvmfs_format::catalog::Catalog;
+use cvmfs_format::{Compression, ContentHash, Hasher, Inflater, ObjectKind, ObjectName, PathHash};
+use cvmfs_publish::head::Head;
+use cvmfs_publish::keys::KeyFiles;
+use cvmfs_publish::storage::{self, Storage};
+use cvmfs_publish::{PublishError, system_clock};
+use tempfile::TempDir;
+
+use crate::failure::ConvertError;
+
+/// Largest catalog that is unpacked, the publisher's own bound.
+const MAX_CATALOG_BYTES: u64 = 4 << 30;
+/// Catalogs nested in each other on the way to a layer.
+const MAX_DEPTH: usize = 32;
+
+/// A verified published revision.
+pub(crate) struct Published {
+    storage: Arc<dyn Storage>,
+    head: Head,
+    directory: TempDir,
+    /// The root catalog and those below it that were needed, with the paths at which
+    /// they are mounted.
+    catalogs: Vec<(Vec<u8>, Catalog)>,
+}
+
+impl Published {
+    /// Opens the current revision of `fqrn`; `spool` takes the unpacked catalogs.
+    pub(crate) fn open(fqrn: &str, storage: &str, keys: &Path, spool: &Path) -> Result<Self, ConvertError> {
+        let masters = KeyFiles::new(keys, fqrn).public()?;
+        let storage = storage::open(storage).map_err(PublishError::from)?;
+        let head = Head::load(&*storage, fqrn, &masters, system_clock())?;
+        let directory = tempfile::tempdir_in(spool)
+            .map_err(|cause| ConvertError::Spool { directory: spool.to_owned(), cause })?;
+        let mut published = Self { storage, head, directory, catalogs: Vec::new() };
+        let root = published.head.manifest.root_catalog;
+        published.load(Vec::new(), root)?;
+        Ok(published)
+    }
+
+    /// The number of the revision.
+    pub(crate) fn revision(&self) -> u64 {
+        self.head.manifest.revision
+    }
+
+    /// Whether there is a directory at an absolute path in normal form.
+    pub(crate) fn has_directory(&mut self, path: &str) -> Result<bool, ConvertError> {
+        let path = path.as_bytes();
+        for _ in 0..MAX_DEPTH {
+            let (mountpoint, catalog) = self.deepest_for(path);
+            let nested = catalog.nested_for(path).map_err(|error| damaged(path, &error))?;
+            match nested.filter(|nested| nested.path.len() > mountpoint.len() && nested.path != path) {
+                Some(nested) => self.load(nested.path, nested.hash)?,
+                None => {
+                    let entry = catalog.lookup(PathHash::of(path)).map_err(|error| damaged(path, &error))?;
+                    return Ok(entry.is_some_and(|entry| entry.is_directory()));
+                }
+            }
+        }
+        Err(damaged(path, &"its catalogs are nested too deeply"))
+    }
+
+    fn deepest_for(&self, path: &[u8]) -> (&[u8], &Catalog) {
+        let covers = |mountpoint: &[u8]| {
+            path.strip_prefix(mountpoint)
+                .is_some_and(|rest| mountpoint.is_empty() || rest.first() == Some(&b'/'))
+        };
+        let deepest =
+            self.catalogs.iter().filter(|(mountpoint, _)| covers(mountpoint)).max_by_key(|(m, _)| m.len());
+        let (mountpoint, catalog) = deepest.expect("the root catalog is always loaded and covers every path");
+        (mountpoint, catalog)
+    }
+
+    fn load(&mut self, mountpoint: Vec<u8>, hash: ContentHash) -> Result<(), ConvertError> {
+        let name = ObjectName::new(hash, ObjectKind::Catalog);
+        let file = self.directory.path().join(name.to_string());
+        self.unpack(&name, &file)?;
+        let catalog = Catalog::open(&file).map_err(|error| damaged(name.path().as_bytes(), &error))?;
+        self.catalogs.push((mountpoint, catalog));
+        Ok(())
+    }
+
+    /// Unpacks an object into a file, verifying its hash.
+    fn unpack(&self, name: &ObjectName, to: &Path) -> Result<(), ConvertError> {
+        let object = name.path();
+        let spool = |cause| ConvertError::Spool { directory: self.directory.path().to_owned(), cause };
+        let broken = |error: &dyn std::fmt::Display| damaged(object.as_bytes(), error);
+        let mut stored = self.storage.open_object(name).map_err(PublishError::from)?;
+        let mut output = BufWriter::new(File::create(to).map_err(spool)?);
+        let mut hasher = Hasher::new(name.hash.algorithm);
+        let mut inflater = Inflater::new(Compression::Zlib, MAX_CATALOG_BYTES);
+        let mut piece = vec![0; 256 << 10];
+        loop {
+            let length = stored.read(&mut piece).map_err(|error| broken(&error))?;
+            let Some(bytes) = piece.get(..length).filter(|bytes| !bytes.is_empty()) else { break };
+            hasher.update(bytes);
+            inflater.write(bytes, &mut output).map_err(|error| broken(&error))?;
+        }
+        if hasher.finish() != name.hash {
+            return Err(broken(&"the stored bytes do not have the hash that is their name"));
+        }
+        inflater.finish().map_err(|error| broken(&error))?;
+        output.flush().map_err(spool)
+    }
+}
+
+fn damaged(object: &[u8], error: &dyn std::fmt::Display) -> ConvertError {
+    let object = cvmfs_publish::error::shown(object);
+    PublishError::Damaged { object, reason: error.to_string() }.into()
+}
