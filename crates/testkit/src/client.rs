@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use crate::process::{Finished, run};
 use crate::{ScratchDir, binary};
@@ -80,12 +80,20 @@ impl Mount {
         !crate::mounts::below(&self.mountpoint).is_empty()
     }
 
-    /// The document of `cvmfs-client status FQRN --json`.
+    /// The document of this mount among those of `cvmfs-client status --json`: other mounts of the same
+    /// repository may exist.
     pub fn status(&self) -> Result<serde_json::Value> {
         let mut command = Command::new(binary("cvmfs-client"));
-        command.args(["status", &self.fqrn, "--json"]);
-        let text = run(command, Duration::from_secs(10))?.success()?;
-        Ok(serde_json::from_str(&text)?)
+        command.args(["status", "--json"]);
+        let text = run(command, Duration::from_secs(10))?.stdout;
+        let all: serde_json::Value =
+            serde_json::from_str(&text).with_context(|| format!("not JSON: {text}"))?;
+        let own = all
+            .as_array()
+            .into_iter()
+            .flatten()
+            .find(|one| one["mountpoint"] == self.mountpoint.to_string_lossy().as_ref());
+        own.cloned().with_context(|| format!("{} is not among the mounts: {all}", self.fqrn))
     }
 
     /// `cvmfs-client umount`.
