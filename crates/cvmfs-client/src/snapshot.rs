@@ -227,12 +227,7 @@ impl Snapshot {
     /// # Errors
     /// If the catalog cannot be loaded or its chunk list is not contiguous.
     pub fn chunks(&self, file: &Located, deadline: Deadline) -> Result<Vec<Chunk>, ClientError> {
-        let entry = &file.entry;
-        self.with_catalog(
-            &file.catalog,
-            deadline,
-            |rows| Ok(rows.chunks(entry.path_hash, entry.algorithm())?),
-        )
+        self.with_catalog(&file.catalog, deadline, |rows| Ok(rows.chunks_of(&file.entry)?))
     }
 
     /// The first row (by row number) of the hard link group of `file`; the file itself

@@ -67,8 +67,7 @@ impl Content {
     /// Tries passthrough with a file of the cache and uses it from now on if it works.
     /// Also closes backing ids that a killed predecessor left unrecorded.
     pub(crate) fn probe_passthrough(&self) {
-        let probe = self.store.probe_file().map_err(|error| std::io::Error::other(error.to_string()));
-        match probe.and_then(|file| self.handles.sweep(&file)) {
+        match nameless_file(self.store.cache().directory()).and_then(|file| self.handles.sweep(&file)) {
             Ok(()) => self.passthrough.store(true, Ordering::SeqCst),
             Err(error) => tracing::warn!(
                 %error,
@@ -88,17 +87,20 @@ impl Content {
         match object_name(node) {
             // A chunked file is opened without fetching anything.
             _ if node.located.entry.is_chunked() => true,
-            Some(name) => self.store.is_cached(&name),
+            Some(name) => {
+                let entry = &node.located.entry;
+                self.store.is_cached(&name, entry.compression(), Some(entry.size))
+            }
             None => true,
         }
     }
 
     /// Whether a READ needs no fetch.
-    pub(crate) fn is_readable(&self, node: &Node, offset: u64, size: u32) -> bool {
+    pub(crate) fn is_readable(&self, node: &Node) -> bool {
         let plain = self.plain.lock().unwrap_or_else(PoisonError::into_inner);
         match plain.get(&node.id).map(Arc::as_ref) {
             Some(Source::Whole(_)) => true,
-            Some(Source::Chunked(handle)) => handle.is_present(offset, u64::from(size)),
+            Some(Source::Chunked(handle)) => handle.is_complete(),
             None => false,
         }
     }
@@ -205,6 +207,12 @@ impl Content {
             .map_err(ClientError::from)?;
         Ok(Source::Whole(cached))
     }
+}
+
+/// A file without a name on the file system of `directory`, to try passthrough with.
+fn nameless_file(directory: &std::path::Path) -> std::io::Result<std::fs::File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    std::fs::File::options().read(true).write(true).custom_flags(libc::O_TMPFILE).open(directory)
 }
 
 fn object_name(node: &Node) -> Option<ObjectName> {

@@ -279,7 +279,7 @@ impl fuser::Filesystem for Adapter {
     ) {
         self.note(request);
         let remembered = self.0.view.remembered(node.0);
-        let ready = remembered.is_some_and(|node| self.0.content.is_readable(&node, offset, size));
+        let ready = remembered.is_some_and(|node| self.0.content.is_readable(&node));
         self.answer(ready, move |mount| mount.read(node.0, offset, size, reply));
     }
 
