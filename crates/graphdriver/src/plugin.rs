@@ -1,0 +1,108 @@
+//! The plugin before and after `GraphDriver.Init`.
+//!
+//! An engine calls Init once per start of the *engine*. When the plugin's process dies
+//! and is started again, calls simply go on (graph driver plugin §11.1), so the request
+//! is kept on disk and the driver is set up from it at once.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use crate::driver::{Driver, DriverError};
+use crate::options::MountMethod;
+use crate::protocol::InitRequest;
+use crate::repositories::RepositoryMounts;
+
+/// Makes what mounts repositories for a store at the given `Home`.
+pub type MountsFactory = Box<dyn Fn(&Path, MountMethod) -> Arc<dyn RepositoryMounts> + Send + Sync>;
+
+/// Largest file with a kept request.
+const MAX_STATE_BYTES: u64 = 1 << 20;
+
+/// The plugin, with or without an initialised driver.
+pub struct Plugin {
+    state: PathBuf,
+    mounts: MountsFactory,
+    driver: RwLock<Option<Arc<Driver>>>,
+}
+
+impl std::fmt::Debug for Plugin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Plugin")
+            .field("state", &self.state)
+            .field("driver", &self.driver)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Plugin {
+    /// A plugin that keeps its state in `state_directory`. If an earlier process was
+    /// initialised, so is this one.
+    pub fn start(state_directory: &Path, mounts: MountsFactory) -> Self {
+        let plugin = Self { state: state_directory.join("init.json"), mounts, driver: RwLock::new(None) };
+        match read_state(&plugin.state) {
+            Ok(None) => {}
+            Ok(Some(init)) => match plugin.set_up(&init) {
+                Ok(()) => tracing::info!(home = init.home, "initialised as before the restart"),
+                Err(error) => {
+                    tracing::error!(home = init.home, %error, "cannot initialise as before the restart")
+                }
+            },
+            Err(error) => {
+                tracing::warn!(file = %plugin.state.display(), %error, "ignoring a damaged state file")
+            }
+        }
+        plugin
+    }
+
+    /// `GraphDriver.Init`: checks everything, then replaces the driver. Mounts stay; the
+    /// references to them are those that the mount table shows, because a new engine
+    /// knows nothing of what the last one got.
+    ///
+    /// # Errors
+    /// The first thing that is wrong with the request or the host; then the driver stays
+    /// as it was.
+    pub fn init(&self, init: InitRequest) -> Result<(), DriverError> {
+        self.set_up(&init)?;
+        let text = serde_json::to_string(&init).expect("the request came as JSON");
+        write_state(&self.state, &text)
+            .map_err(|cause| DriverError::State { path: self.state.clone(), cause })?;
+        tracing::info!(home = init.home, options = ?init.options, "initialised");
+        Ok(())
+    }
+
+    /// The initialised driver.
+    ///
+    /// # Errors
+    /// [`DriverError::NotInitialised`].
+    pub fn driver(&self) -> Result<Arc<Driver>, DriverError> {
+        self.driver.read().unwrap_or_else(PoisonError::into_inner).clone().ok_or(DriverError::NotInitialised)
+    }
+
+    fn set_up(&self, init: &InitRequest) -> Result<(), DriverError> {
+        let driver = Arc::new(Driver::open(init, &self.mounts)?);
+        *self.driver.write().unwrap_or_else(PoisonError::into_inner) = Some(driver);
+        Ok(())
+    }
+}
+
+fn read_state(path: &Path) -> io::Result<Option<InitRequest>> {
+    match fs::metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Ok(metadata) if metadata.len() > MAX_STATE_BYTES => return Err(io::Error::other("too large")),
+        metadata => drop(metadata?),
+    }
+    Ok(Some(serde_json::from_slice(&fs::read(path)?)?))
+}
+
+fn write_state(path: &Path, text: &str) -> io::Result<()> {
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory)?;
+    }
+    let temporary = path.with_extension("new");
+    let mut file = fs::File::create(&temporary)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()?;
+    fs::rename(temporary, path)
+}

@@ -1,0 +1,123 @@
+//! What the files of a layer say.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io::{self, Read};
+use std::path::Path;
+
+use super::link::LinkName;
+use super::{LayerStore, Lower, StoreError};
+use crate::layer_id::LayerId;
+
+/// Largest file of the store: a `lower` with 500 links has 14.5 kB.
+const MAX_FILE_BYTES: u64 = 64 * 1024;
+
+impl LayerStore {
+    /// Whether the layer exists.
+    pub fn exists(&self, id: &LayerId) -> bool {
+        self.layer_directory(id).is_dir()
+    }
+
+    /// Fails unless the layer exists.
+    ///
+    /// # Errors
+    /// [`StoreError::NoSuchLayer`].
+    pub fn require(&self, id: &LayerId) -> Result<(), StoreError> {
+        if self.exists(id) { Ok(()) } else { Err(StoreError::NoSuchLayer(id.clone())) }
+    }
+
+    /// Whether another layer was created on top of this one.
+    pub fn is_committed(&self, id: &LayerId) -> bool {
+        self.layer_directory(id).join("committed").exists()
+    }
+
+    /// The directories below the layer, topmost first, each once.
+    ///
+    /// A directory that occurs twice counts where it is topmost: there it shows
+    /// everything that its other occurrence could show, and the kernel refuses to stack
+    /// one directory twice. Of a thin layer: what its children see.
+    ///
+    /// # Errors
+    /// [`StoreError::NoSuchLayer`], [`StoreError::Damaged`], [`StoreError::BadLink`],
+    /// [`StoreError::Io`].
+    pub fn lowers(&self, id: &LayerId) -> Result<Vec<Lower>, StoreError> {
+        self.require(id)?;
+        let mut seen = HashSet::new();
+        let mut lowers = Vec::new();
+        for link in self.lower_entries(id)? {
+            let lower = link.resolve(self.home())?;
+            if seen.insert(lower.clone()) {
+                lowers.push(lower);
+            }
+        }
+        Ok(lowers)
+    }
+
+    /// Whether `parent` is what the layer was created on (nothing, for a base layer).
+    ///
+    /// # Errors
+    /// As [`LayerStore::lowers`].
+    pub fn is_parent(&self, id: &LayerId, parent: Option<&LayerId>) -> Result<bool, StoreError> {
+        self.require(id)?;
+        if let Some(recorded) = self.read(id, "parent")? {
+            return Ok(recorded == parent.map_or("", LayerId::as_str));
+        }
+        // A layer made by overlay2 or by the Go plugin.
+        if let Some(thin_parent) = self.read(id, "thin_parent")? {
+            return Ok(parent.is_some_and(|parent| parent.as_str() == thin_parent.trim()));
+        }
+        let Some(top) = self.lower_entries(id)?.into_iter().next() else {
+            return Ok(parent.is_none());
+        };
+        let top = top.resolve(self.home())?;
+        Ok(parent.is_some_and(|parent| top == Lower::Layer(parent.clone())))
+    }
+
+    /// Links of the directories below the layer.
+    pub(super) fn lower_entries(&self, id: &LayerId) -> Result<Vec<LinkName>, StoreError> {
+        let Some(text) = self.read(id, "lower")? else {
+            return Ok(Vec::new());
+        };
+        text.split(':')
+            .map(|entry| LinkName::parse_entry(entry).ok_or_else(|| self.damaged(id, "lower")))
+            .collect()
+    }
+
+    /// Links of what lies below a layer that is created on `id`.
+    pub(super) fn lower_entries_for_children(&self, id: &LayerId) -> Result<Vec<LinkName>, StoreError> {
+        self.require(id)?;
+        let mut entries = self.lower_entries(id)?;
+        if !self.is_thin(id)? {
+            let link = self.own_link(id)?.ok_or_else(|| self.damaged(id, "link"))?;
+            entries.insert(0, link);
+        }
+        Ok(entries)
+    }
+
+    /// The layer's own link; none if the file is missing or damaged.
+    fn own_link(&self, id: &LayerId) -> Result<Option<LinkName>, StoreError> {
+        Ok(self.read(id, "link")?.and_then(|text| LinkName::parse(text.trim())))
+    }
+
+    /// A file of the layer; none if it does not exist.
+    pub(super) fn read(&self, id: &LayerId, name: &'static str) -> Result<Option<String>, StoreError> {
+        read_small(&self.layer_directory(id).join(name))
+    }
+
+    pub(super) fn damaged(&self, id: &LayerId, name: &str) -> StoreError {
+        StoreError::Damaged { id: id.clone(), path: self.layer_directory(id).join(name) }
+    }
+}
+
+/// A file of at most [`MAX_FILE_BYTES`]; none if it does not exist.
+pub(super) fn read_small(path: &Path) -> Result<Option<String>, StoreError> {
+    let file = match fs::File::open(path) {
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(None),
+        result => result.map_err(|cause| StoreError::io("read", path, cause))?,
+    };
+    let mut text = String::new();
+    file.take(MAX_FILE_BYTES)
+        .read_to_string(&mut text)
+        .map_err(|cause| StoreError::io("read", path, cause))?;
+    Ok(Some(text))
+}

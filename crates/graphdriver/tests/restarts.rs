@@ -1,0 +1,287 @@
+//! Restarts, crashes and calls in any order: what is mounted, counted and left on disk.
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use common::{Connection, Host};
+use serde_json::json;
+use testkit::ScratchDir;
+use testkit::tar::TarBuilder;
+
+fn host_with_container() -> Host {
+    let host = Host::initialised();
+    host.add_layer("image", "", &TarBuilder::new().file("f", 0o644, b"x").finish());
+    host.create_container("c", "image");
+    host
+}
+
+#[test]
+fn each_put_gives_back_one_reference_and_one_too_many_is_fine() {
+    let host = host_with_container();
+    let merged = host.home().join("c/merged");
+    for _ in 0..3 {
+        assert_eq!(host.get("c"), merged);
+    }
+    host.put("c");
+    host.put("c");
+    assert_eq!(host.mounted(), [merged.clone()]);
+    host.put("c");
+    assert!(host.mounted().is_empty() && !merged.exists());
+    host.put("c");
+    host.put("never-heard-of");
+    host.get("c");
+    host.put("c");
+    assert!(host.mounted().is_empty());
+}
+
+#[test]
+fn the_pair_that_an_engine_sends_after_live_restore_does_not_unmount_the_running_container() {
+    let mut host = host_with_container();
+    host.get("c");
+    host.restart();
+    host.init();
+    host.get("c");
+    host.put("c");
+    assert_eq!(host.mounted().len(), 1);
+    host.put("c");
+    assert!(host.mounted().is_empty());
+}
+
+#[test]
+fn a_second_init_in_the_same_process_counts_what_is_mounted_anew() {
+    let host = host_with_container();
+    host.get("c");
+    // The engine is killed in the middle of a copy, its successor knows of the container only.
+    host.get("c");
+    host.init();
+    host.put("c");
+    assert!(host.mounted().is_empty());
+}
+
+#[test]
+fn a_put_after_a_crash_of_engine_and_plugin_unmounts() {
+    let mut host = host_with_container();
+    host.get("c");
+    host.restart();
+    host.put("c");
+    assert!(host.mounted().is_empty());
+}
+
+#[test]
+fn a_lost_mount_is_made_again() {
+    let host = host_with_container();
+    let tree = host.get("c");
+    testkit::mounts::unmount_below(&host.home());
+    assert!(host.mounted().is_empty());
+    assert_eq!(fs::read(host.get("c").join("f")).unwrap(), b"x");
+    host.put("c");
+    assert_eq!(host.mounted(), [tree], "one reference is left");
+    host.put("c");
+    assert!(host.mounted().is_empty());
+}
+
+#[test]
+fn clean_up_unmounts_everything() {
+    let host = host_with_container();
+    host.create_container("d", "image");
+    host.get("c");
+    host.get("d");
+    host.call("Cleanup", json!({}));
+    assert!(host.mounted().is_empty());
+    host.get("c");
+    host.put("c");
+    assert!(host.mounted().is_empty());
+}
+
+#[test]
+fn removing_a_mounted_layer_unmounts_it_and_removing_a_missing_one_succeeds() {
+    let host = host_with_container();
+    host.get("c");
+    host.remove("c");
+    host.remove("c");
+    host.remove("c-init");
+    assert!(host.mounted().is_empty());
+    assert_eq!(fs::read_dir(host.home().join("l")).unwrap().count(), 1, "the image's link");
+    host.create_container("c", "image");
+}
+
+#[test]
+fn an_image_layer_is_writable_until_another_layer_is_created_on_it() {
+    let host = Host::initialised();
+    host.create("base", "");
+    fs::write(host.get("base").join("written-by-a-build-step"), "1").unwrap();
+    host.create("step", "base");
+    let tree = host.get("step");
+    fs::write(tree.join("step"), "2").unwrap();
+    host.put("step");
+    host.create("next", "step");
+    let tree = host.get("step");
+    assert_eq!(fs::read(tree.join("written-by-a-build-step")).unwrap(), b"1");
+    assert_eq!(fs::write(tree.join("x"), "3").unwrap_err().raw_os_error(), Some(READ_ONLY));
+    assert_eq!(fs::read(host.get("next").join("step")).unwrap(), b"2");
+    host.put("next");
+    host.put("step");
+}
+
+/// EROFS.
+const READ_ONLY: i32 = 30;
+
+#[test]
+fn what_a_killed_process_left_half_done_is_gone_after_the_start() {
+    let mut host = host_with_container();
+    host.stop();
+    let home = host.home();
+    let name = "A".repeat(26);
+    for (left, file) in [(".creating-x", "link"), (".removing-y", "thin")] {
+        fs::create_dir_all(home.join(left).join("diff/some")).unwrap();
+        fs::write(home.join(left).join(file), &name).unwrap();
+        symlink("../x/diff", home.join("l").join(&name)).unwrap();
+        host.restart();
+        host.init();
+        assert!(!home.join(left).exists());
+        assert!(fs::symlink_metadata(home.join("l").join(&name)).is_err());
+    }
+    host.get("c");
+    host.put("c");
+}
+
+#[test]
+fn names_with_a_tag_and_other_characters_of_mount_options_work() {
+    for name in ["cvmfs/graphdriver:latest", "a,b", "back\\slash", "with blank"] {
+        let host = Host::start();
+        let home = host.directory.path().join("mnt").join(name);
+        host.call("Init", json!({"Home": home}));
+        host.add_layer("image", "", &TarBuilder::new().file("f", 0o644, b"x").finish());
+        host.create_container("c", "image");
+        let tree = host.get("c");
+        assert_eq!(tree, home.join("c/merged"));
+        assert_eq!(fs::read(tree.join("f")).unwrap(), b"x");
+        host.put("c");
+        assert!(testkit::mounts::below(&home).is_empty(), "{name}");
+    }
+}
+
+#[test]
+fn many_containers_at_once_neither_wait_for_nor_disturb_each_other() {
+    let host = Arc::new(host_with_container());
+    let threads: Vec<_> = (0..12)
+        .map(|thread| {
+            let host = Arc::clone(&host);
+            std::thread::spawn(move || {
+                for round in 0..8 {
+                    let id = format!("t{thread}r{round}");
+                    host.create_container(&id, "image");
+                    // A copy and a start of the same container interleave.
+                    host.get(&id);
+                    let tree = host.get("c");
+                    assert_eq!(fs::read(tree.join("f")).unwrap(), b"x");
+                    host.put("c");
+                    host.put(&id);
+                    host.remove(&id);
+                    host.remove(&format!("{id}-init"));
+                }
+            })
+        })
+        .collect();
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
+    assert!(host.mounted().is_empty());
+    assert_eq!(fs::read_dir(host.home().join("l")).unwrap().count(), 3);
+}
+
+/// The real program, killed at random moments while it creates and removes layers.
+#[test]
+fn kill_9_at_any_moment_leaves_whole_layers_or_none() {
+    let directory = ScratchDir::new("kill").unwrap();
+    let runtime = ScratchDir::runtime("kill").unwrap();
+    let socket = runtime.path().join("s.sock");
+    let home = directory.path().join("home");
+    let next = Arc::new(AtomicUsize::new(0));
+    for round in 0..25_u64 {
+        let mut server = start_program(&socket, directory.path());
+        if round == 0 {
+            Connection::open(&socket).call("Init", &json!({"Home": home}));
+        }
+        let workers: Vec<_> = (0..3)
+            .map(|_| {
+                let (socket, next) = (socket.clone(), Arc::clone(&next));
+                std::thread::spawn(move || create_and_remove(&socket, &next))
+            })
+            .collect();
+        std::thread::sleep(Duration::from_millis(20 + round * 7 % 60));
+        server.kill().unwrap();
+        server.wait().unwrap();
+        workers.into_iter().for_each(|worker| worker.join().unwrap());
+
+        let mut server = start_program(&socket, directory.path());
+        assert_eq!(Connection::open(&socket).call("Exists", &json!({"ID": "x"})).0, 200, "without Init");
+        assert_consistent(&home);
+        server.kill().unwrap();
+        server.wait().unwrap();
+    }
+    let created = next.load(Ordering::SeqCst);
+    assert!(created > 75, "only {created} layers were created between 25 kills");
+}
+
+fn start_program(socket: &Path, directory: &Path) -> Child {
+    let child = Command::new(env!("CARGO_BIN_EXE_cvmfs-graphdriver"))
+        .args(["--log-level", "error", "serve", "--socket"])
+        .arg(socket)
+        .arg("--propagated-mount")
+        .arg(directory)
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
+    let connects = || std::os::unix::net::UnixStream::connect(socket).is_ok();
+    testkit::process::wait_until("the plugin to listen", Duration::from_secs(20), connects).unwrap();
+    child
+}
+
+/// Calls until the server is gone.
+fn create_and_remove(socket: &Path, next: &AtomicUsize) {
+    let mut connection = Connection::open(socket);
+    loop {
+        let id = format!("n{}", next.fetch_add(1, Ordering::SeqCst));
+        let child = format!("{id}-child");
+        for (call, request) in [
+            ("Create", json!({"ID": id})),
+            ("Create", json!({"ID": child, "Parent": id})),
+            ("Get", json!({"ID": child})),
+            ("Put", json!({"ID": child})),
+            ("Remove", json!({"ID": child})),
+            ("Remove", json!({"ID": id})),
+        ] {
+            let Ok((status, answer)) = connection.try_call(call, &request) else { return };
+            assert_eq!(status, 200, "{call} {request}: {answer}");
+        }
+    }
+}
+
+/// Every layer has all its files, every link belongs to exactly one layer.
+fn assert_consistent(home: &Path) {
+    let mut links = BTreeSet::new();
+    for entry in fs::read_dir(home).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        if matches!(name.as_str(), "l" | "cvmfs") {
+            continue;
+        }
+        assert!(!name.starts_with('.'), "left over: {name}");
+        let link = fs::read_to_string(entry.path().join("link")).unwrap();
+        assert_eq!(fs::read_link(home.join("l").join(&link)).unwrap(), Path::new(&format!("../{name}/diff")));
+        assert!(entry.path().join("diff").is_dir() && entry.path().join("parent").is_file());
+        links.insert(link);
+    }
+    let found: BTreeSet<_> = fs::read_dir(home.join("l"))
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert_eq!(found, links);
+}
