@@ -261,7 +261,7 @@ impl Snapshot {
     /// row in the parent catalog stands for them.
     ///
     /// # Errors
-    /// If an attached catalog cannot be loaded.
+    /// If nothing is found and an attached catalog cannot be loaded.
     pub fn find_by_path_hash(
         &self,
         low: i64,
@@ -269,15 +269,27 @@ impl Snapshot {
         deadline: Deadline,
     ) -> Result<Vec<Located>, ClientError> {
         let mut found = Vec::new();
+        let mut missing = None;
         for catalog in self.attached() {
-            let rows = self.with_catalog(&catalog, deadline, |rows| Ok(rows.by_path_prefix(low, high)?))?;
+            let rows = match self.with_catalog(&catalog, deadline, |rows| Ok(rows.by_path_prefix(low, high)?))
+            {
+                Ok(rows) => rows,
+                // The entry may well be in another catalog, which must not suffer from this one.
+                Err(error) => {
+                    missing = Some(error);
+                    continue;
+                }
+            };
             for entry in rows.into_iter().filter(|entry| !entry.is_nested_root()) {
                 if let Some(path) = self.path_of(&catalog, &entry, deadline)? {
                     found.push(Located { path, entry, catalog: catalog.clone() });
                 }
             }
         }
-        Ok(found)
+        match missing {
+            Some(error) if found.is_empty() => Err(error),
+            _ => Ok(found),
+        }
     }
 
     /// Statistics of the whole repository, from the root catalog.

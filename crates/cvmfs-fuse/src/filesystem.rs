@@ -33,6 +33,11 @@ const DATA_DEADLINE: Duration = Duration::from_secs(30);
 /// Largest READ the kernel sends; also bounds a reply's memory.
 const MAX_READ: u32 = 1 << 20;
 
+/// How long a kernel before [`EPOCH_ABI`] may remember that a name does not exist.
+const BRIEF_ABSENCE: Duration = Duration::from_secs(1);
+/// The first FUSE protocol version with epochs (Linux 6.16).
+const EPOCH_ABI: fuser::Version = fuser::Version(7, 44);
+
 /// What the mount was asked for and what the kernel granted.
 #[derive(Debug)]
 pub(crate) struct Options {
@@ -52,6 +57,8 @@ pub(crate) struct Mount {
     pub(crate) started: std::time::Instant,
     pub(crate) io_errors: AtomicU64,
     pub(crate) passthrough_offered: AtomicBool,
+    /// Whether the kernel can be told that all its entries are to be looked up again.
+    epochs: AtomicBool,
     slow: SlowLane,
 }
 
@@ -65,6 +72,7 @@ impl Mount {
             started: std::time::Instant::now(),
             io_errors: AtomicU64::new(0),
             passthrough_offered: AtomicBool::new(false),
+            epochs: AtomicBool::new(false),
             slow: SlowLane::default(),
         }
     }
@@ -81,8 +89,18 @@ impl Mount {
             .and_then(|directory| self.view.child(&directory, name, deadline));
         match found {
             Ok(Some(node)) => reply.entry(&self.options.kernel_cache, &self.attributes(&node), Generation(0)),
-            Ok(None) => reply.entry(&self.options.kernel_cache, &NO_ENTRY, Generation(0)),
+            Ok(None) => reply.entry(&self.absence(), &NO_ENTRY, Generation(0)),
             Err(error) => reply.error(self.failed("look-up", parent, Some(name), &error)),
+        }
+    }
+
+    /// How long the kernel may believe that a name does not exist. Where it cannot be told of
+    /// a new revision, only briefly: a layer that was just published must be found.
+    fn absence(&self) -> Duration {
+        if self.epochs.load(Ordering::Relaxed) {
+            self.options.kernel_cache
+        } else {
+            self.options.kernel_cache.min(BRIEF_ABSENCE)
         }
     }
 
@@ -231,6 +249,7 @@ impl fuser::Filesystem for Adapter {
         {
             self.0.passthrough_offered.store(true, Ordering::SeqCst);
         }
+        self.0.epochs.store(config.kernel_abi() >= EPOCH_ABI, Ordering::SeqCst);
         // Bounds the memory of one READ; the kernel asks for at most this much.
         let _ = config.set_max_write(MAX_READ);
         let _ = config.set_max_background(64);

@@ -17,8 +17,8 @@ const MAX_LOG_BYTES: u64 = 4 << 20;
 /// Starts logging as the request asks. Only the first call of a process has an effect.
 pub(crate) fn start(request: &MountRequest) -> io::Result<()> {
     // fuser warns about every request that is meant to be answered with ENOSYS.
-    let level = format!("{},fuser=error", request.log_level);
-    let filter = EnvFilter::try_new(level).unwrap_or_else(|_| EnvFilter::new("info,fuser=error"));
+    let level = format!("fuser=error,{}", request.log_level);
+    let filter = EnvFilter::try_new(level).unwrap_or_else(|_| EnvFilter::new("fuser=error,info"));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_target(false);
     let started = match &request.log_file {
         None if request.log_json => builder.json().with_writer(io::stderr).try_init(),
