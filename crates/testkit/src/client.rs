@@ -54,10 +54,12 @@ impl MountBuilder {
         let mountpoint = directory.path().join(&self.fqrn);
         std::fs::create_dir(&mountpoint)?;
         let mut command = Command::new(binary("cvmfs-client"));
-        command.args(["mount", &self.fqrn]).arg(&mountpoint).args(["-o", &self.options.join(",")]);
+        command.args(["mount", "--json", &self.fqrn]).arg(&mountpoint).args(["-o", &self.options.join(",")]);
         command.envs(self.environment);
         let finished = run(command, MOUNT_TIMEOUT)?;
-        Ok((Mount { fqrn: self.fqrn, mountpoint, _directory: directory }, finished))
+        let report: serde_json::Value = serde_json::from_str(&finished.stdout).unwrap_or_default();
+        let log = report["control"].as_str().map(|control| Path::new(control).with_extension("log"));
+        Ok((Mount { fqrn: self.fqrn, mountpoint, log, _directory: directory }, finished))
     }
 }
 
@@ -66,6 +68,7 @@ impl MountBuilder {
 pub struct Mount {
     fqrn: String,
     mountpoint: PathBuf,
+    log: Option<PathBuf>,
     _directory: ScratchDir,
 }
 
@@ -96,6 +99,12 @@ impl Mount {
         own.cloned().with_context(|| format!("{} is not among the mounts: {all}", self.fqrn))
     }
 
+    /// What the processes of this mount have logged.
+    pub fn log_text(&self) -> String {
+        let bytes = self.log.as_ref().and_then(|file| std::fs::read(file).ok()).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
     /// `cvmfs-client umount`.
     pub fn unmount(&self) -> Result<()> {
         let mut command = Command::new(binary("cvmfs-client"));
@@ -106,10 +115,17 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            crate::process::print_log(&format!("log of the mount of {}", self.fqrn), &self.log_text());
+        }
         if self.is_mounted()
             && let Err(error) = self.unmount()
         {
             eprintln!("{error:#}");
+        }
+        // The log stays after an unmount, for looking into it; a test's is of no use any more.
+        if let Some(log) = &self.log {
+            let _ = std::fs::remove_file(log);
         }
     }
 }

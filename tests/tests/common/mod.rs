@@ -6,8 +6,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
-use testkit::ScratchDir;
 use testkit::process::run;
+use testkit::tree::portable;
+use testkit::{ScratchDir, TreeEntry};
 
 /// Unpacks archives over each other as a container engine does: a `.wh.NAME` removes NAME of the archives
 /// below, a `.wh..wh..opq` empties its directory first.
@@ -77,6 +78,20 @@ impl Drop for Overlay {
     fn drop(&mut self) {
         unmount(self.path(), UnmountFlags::DETACH).unwrap();
     }
+}
+
+/// What a layer in a repository and the same layer on a disk must agree on: not the attributes of the root,
+/// which archives seldom have, nor the marks of nested catalogs and of opaque directories.
+pub fn layer_content(entries: &[TreeEntry]) -> Vec<TreeEntry> {
+    let mut entries = portable(entries);
+    entries.retain(|entry| entry.path != "/" && entry.path != "/.cvmfscatalog");
+    for entry in &mut entries {
+        if let Some(xattrs) = &mut entry.xattrs {
+            xattrs.retain(|name, _| name != "user.overlay.opaque");
+        }
+        entry.xattrs = entry.xattrs.take().filter(|xattrs| !xattrs.is_empty());
+    }
+    entries
 }
 
 /// Asserts that a list of differences is empty, and prints them otherwise.
