@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Read, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use cvmfs_format::catalog::Catalog;
@@ -15,7 +15,7 @@ use cvmfs_publish::head::Head;
 use cvmfs_publish::keys::KeyFiles;
 use cvmfs_publish::storage::{self, Storage};
 use cvmfs_publish::{PublishError, system_clock};
-use tempfile::TempDir;
+use tempfile::NamedTempFile;
 
 use crate::failure::ConvertError;
 
@@ -28,7 +28,8 @@ const MAX_DEPTH: usize = 32;
 pub(crate) struct Published {
     storage: Arc<dyn Storage>,
     head: Head,
-    directory: TempDir,
+    /// Where catalogs are unpacked.
+    spool: PathBuf,
     /// The root catalog and those below it that were needed, with the paths at which
     /// they are mounted.
     catalogs: Vec<(Vec<u8>, Catalog)>,
@@ -40,9 +41,7 @@ impl Published {
         let masters = KeyFiles::new(keys, fqrn).public()?;
         let storage = storage::open(storage).map_err(PublishError::from)?;
         let head = Head::load(&*storage, fqrn, &masters, system_clock())?;
-        let directory = tempfile::tempdir_in(spool)
-            .map_err(|cause| ConvertError::Spool { directory: spool.to_owned(), cause })?;
-        let mut published = Self { storage, head, directory, catalogs: Vec::new() };
+        let mut published = Self { storage, head, spool: spool.to_owned(), catalogs: Vec::new() };
         let root = published.head.manifest.root_catalog;
         published.load(Vec::new(), root)?;
         Ok(published)
@@ -83,20 +82,23 @@ impl Published {
 
     fn load(&mut self, mountpoint: Vec<u8>, hash: ContentHash) -> Result<(), ConvertError> {
         let name = ObjectName::new(hash, ObjectKind::Catalog);
-        let file = self.directory.path().join(name.to_string());
-        self.unpack(&name, &file)?;
-        let catalog = Catalog::open(&file).map_err(|error| damaged(name.path().as_bytes(), &error))?;
+        let spool = |cause| ConvertError::Spool { directory: self.spool.clone(), cause };
+        let mut file = NamedTempFile::new_in(&self.spool).map_err(spool)?;
+        self.unpack(&name, file.as_file_mut())?;
+        let catalog = Catalog::open(file.path()).map_err(|error| damaged(name.path().as_bytes(), &error))?;
+        // The catalog keeps the file open; without a name, nothing of it can be left behind.
+        file.close().map_err(spool)?;
         self.catalogs.push((mountpoint, catalog));
         Ok(())
     }
 
     /// Unpacks an object into a file, verifying its hash.
-    fn unpack(&self, name: &ObjectName, to: &Path) -> Result<(), ConvertError> {
+    fn unpack(&self, name: &ObjectName, to: &mut File) -> Result<(), ConvertError> {
         let object = name.path();
-        let spool = |cause| ConvertError::Spool { directory: self.directory.path().to_owned(), cause };
+        let spool = |cause| ConvertError::Spool { directory: self.spool.clone(), cause };
         let broken = |error: &dyn std::fmt::Display| damaged(object.as_bytes(), error);
         let mut stored = self.storage.open_object(name).map_err(PublishError::from)?;
-        let mut output = BufWriter::new(File::create(to).map_err(spool)?);
+        let mut output = BufWriter::new(to);
         let mut hasher = Hasher::new(name.hash.algorithm);
         let mut inflater = Inflater::new(Compression::Zlib, MAX_CATALOG_BYTES);
         let mut piece = vec![0; 256 << 10];

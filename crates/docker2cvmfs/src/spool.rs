@@ -149,13 +149,22 @@ fn check<R: Read>(blob: Tee<'_, R>, wanted: &Wanted, root_cause: &RootCause) -> 
     let stream = LayerStream::new(blob, &wanted.diff_id, MAX_LAYER_BYTES)
         .map_err(|error| Fault::Stream(root_cause.note(error)))?;
     let mut stream = Noting { stream, root_cause: root_cause.clone() };
+    let outcome = read_archive(&mut stream);
+    let mut blob = stream.stream.into_blob();
+    if let Err(fault) = outcome {
+        blob.look_for_deeper_cause();
+        return Err(fault);
+    }
+    blob.file.into_inner().map_err(|error| Fault::Stream(root_cause.note_spool(error.into_error())))
+}
+
+fn read_archive(stream: &mut impl Read) -> Result<(), Fault> {
     // The diff id vouches for completeness, and some builders leave the end marker away.
-    let mut archive = LayerReader::new(&mut stream, Limits::default()).end_of_archive(EndOfArchive::Optional);
+    let mut archive =
+        LayerReader::new(&mut *stream, Limits::default()).end_of_archive(EndOfArchive::Optional);
     while archive.next_entry().map_err(Fault::Archive)?.is_some() {}
     drop(archive);
-    io::copy(&mut stream, &mut io::sink()).map_err(Fault::Stream)?;
-    let blob = stream.stream.into_blob();
-    blob.file.into_inner().map_err(|error| Fault::Stream(root_cause.note_spool(error.into_error())))
+    io::copy(stream, &mut io::sink()).map(drop).map_err(Fault::Stream)
 }
 
 /// The first thing that went wrong below the archive's reader. Readers in between wrap
@@ -189,6 +198,11 @@ impl RootCause {
         copy
     }
 
+    /// Whether the blob or the spool failed already; then the blob has no more to say.
+    fn is_below_layer(&self) -> bool {
+        matches!(*lock(&self.0), Some(Cause::Registry(_) | Cause::Spool(_)))
+    }
+
     fn note_spool(&self, error: io::Error) -> io::Error {
         let copy = io::Error::new(error.kind(), error.to_string());
         lock(&self.0).get_or_insert(Cause::Spool(error));
@@ -202,6 +216,19 @@ struct Tee<'a, R> {
     file: BufWriter<File>,
     root_cause: RootCause,
     meter: &'a crate::progress::LayerMeter,
+}
+
+impl<R: Read> Tee<'_, R> {
+    /// A stream that cannot be unpacked is often one that was damaged on its way: the
+    /// rest of the blob tells, by its digest.
+    fn look_for_deeper_cause(&mut self) {
+        if !self.root_cause.is_below_layer()
+            && let Err(error) = io::copy(&mut self.blob, &mut io::sink())
+        {
+            self.root_cause.take();
+            self.root_cause.note(error);
+        }
+    }
 }
 
 impl<R: Read> Read for Tee<'_, R> {

@@ -14,8 +14,11 @@ mod gzip;
 
 pub use archive::write_docker_archive;
 
+use std::collections::BTreeMap;
+
 use layer_tar::{AbsoluteNames, LayerEntryMeta, LayerPath, LayerWriter};
 use registry::{Descriptor, Digest, ImageConfig, ImageManifest, media_type};
+use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 use thin_image::{DESCRIPTOR_NAME, ThinImage, Version};
 
@@ -48,7 +51,7 @@ impl ThinImageBlobs {
         let layer_tar = layer(descriptor.to_json().as_bytes());
         let layer_gzip = gzip::stored(&layer_tar);
         let config = configuration(config, source, &Digest::sha256_of(&layer_tar));
-        let config = serde_json::to_vec(&config).expect("a JSON value always has a text");
+        let config = serde_json::to_vec(&Sorted(&config)).expect("a JSON value always has a text");
         let blob = |media_type: &str, bytes: &[u8]| Descriptor {
             media_type: media_type.to_owned(),
             size: bytes.len() as u64,
@@ -61,6 +64,24 @@ impl ThinImageBlobs {
             layers: vec![blob(media_type::DOCKER_LAYER_GZIP, &layer_gzip)],
         };
         Self { manifest: manifest.to_docker_json(), config, layer_tar, layer_gzip }
+    }
+}
+
+/// A JSON value that is written with its keys in order, whatever order the map of this
+/// build keeps.
+struct Sorted<'a>(&'a Value);
+
+impl Serialize for Sorted<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self.0 {
+            Value::Object(object) => {
+                let sorted: BTreeMap<&String, Sorted<'_>> =
+                    object.iter().map(|(k, v)| (k, Sorted(v))).collect();
+                serializer.collect_map(sorted)
+            }
+            Value::Array(list) => serializer.collect_seq(list.iter().map(Sorted)),
+            other => other.serialize(serializer),
+        }
     }
 }
 
@@ -134,6 +155,7 @@ mod tests {
     use std::io::Read as _;
 
     fn source() -> ImageConfig {
+        let diff_ids = [b"1", b"2"].map(|text| Digest::sha256_of(text).to_string());
         let document = json!({
             "architecture": "arm64", "os": "linux", "variant": "v8", "created": "2020-09-13T12:26:40Z",
             "author": "somebody", "moby.buildkit.cache.v0": "AAAA",
@@ -144,7 +166,7 @@ mod tests {
                 "Healthcheck": {"Test": ["CMD", "true"]}, "OnBuild": ["RUN x"], "Shell": ["/bin/bash"],
             },
             "history": [{"created_by": "a"}, {"created_by": "b"}],
-            "rootfs": {"type": "layers", "diff_ids": [Digest::sha256_of(b"1"), Digest::sha256_of(b"2")].map(|d| d.to_string())},
+            "rootfs": {"type": "layers", "diff_ids": diff_ids},
         });
         ImageConfig::parse(document.to_string().as_bytes()).unwrap()
     }
@@ -210,9 +232,9 @@ mod tests {
         let blobs = build();
         assert_eq!(blobs, build());
         let layer = Digest::sha256_of(&blobs.layer_gzip).to_string();
-        assert_eq!(layer, "sha256:0");
+        assert_eq!(layer, "sha256:8d24f153acc8cb4e7ec7f64c329877fd2d0517c720ae244b471bec91c4d1de32");
         let manifest = Digest::sha256_of(&blobs.manifest).to_string();
-        assert_eq!(manifest, "sha256:0");
+        assert_eq!(manifest, "sha256:238ad75d020abe1be2b9c74f08f0cfd396a77460d81d5dd0716fbcb5c7b65371");
     }
 
     #[test]
