@@ -366,21 +366,15 @@ impl<'a> Layer<'a> {
     }
 
     fn root_entries(&self) -> Result<Vec<Vec<u8>>, ApplyError> {
-        let list = || -> rustix::io::Result<BTreeSet<Vec<u8>>> {
-            let mut names = BTreeSet::new();
-            for entry in rustix::fs::Dir::read_from(self.resolver.root())? {
-                let entry = entry?;
-                let name = entry.file_name().to_bytes();
-                if name != b"." && name != b".." {
-                    names.insert(name.to_vec());
-                }
-                if names.len() > ROOT_ENTRIES {
-                    names.pop_last();
-                }
+        let mut names = BTreeSet::new();
+        let keep = |name: &[u8]| {
+            names.insert(name.to_vec());
+            if names.len() > ROOT_ENTRIES {
+                names.pop_last();
             }
-            Ok(names)
         };
-        let names = list().map_err(|error| TreeError::new("list directory", b"", error))?;
+        tree::each_name(self.resolver.root(), keep)
+            .map_err(|error| TreeError::new("list directory", b"", error))?;
         Ok(names.into_iter().collect())
     }
 }

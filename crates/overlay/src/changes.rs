@@ -43,7 +43,7 @@ pub fn changes(upper: &Path, lowers: &Lowers) -> Result<Vec<Change>, TreeError> 
     let mut walk =
         Walk { cursor: Cursor::open(upper)?, path: Vec::new(), lowers, changes: Changes::default() };
     let mut root = lowers.root();
-    if is_opaque(walk.cursor.fd(), b".").map_err(|error| walk.error("examine", error))? {
+    if is_opaque(walk.cursor.fd(), b".", lowers.marks()).map_err(|error| walk.error("examine", error))? {
         root = walk.hide_unlisted(root)?;
     }
     let mut frames = vec![(walk.names()?, root)];
@@ -144,7 +144,7 @@ impl Walk<'_> {
         match &old {
             None => self.changes.add(&self.path, ChangeKind::Added),
             Some(old) if self.differs(name, &stat, old)? => {
-                self.changes.add(&self.path, ChangeKind::Modified)
+                self.changes.add(&self.path, ChangeKind::Modified);
             }
             Some(_) => {}
         }
@@ -152,7 +152,9 @@ impl Walk<'_> {
             return Ok(None);
         }
         let below = old.map(|old| old.below).unwrap_or_default();
-        if !is_opaque(self.cursor.fd(), name).map_err(|error| self.error("examine", error))? {
+        if !is_opaque(self.cursor.fd(), name, self.lowers.marks())
+            .map_err(|error| self.error("examine", error))?
+        {
             return Ok(Some(below));
         }
         self.enter(name)?;

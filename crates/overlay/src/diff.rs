@@ -8,9 +8,8 @@ mod compare;
 mod record;
 
 use crate::ids::{IdMaps, Unmapped};
-use crate::marks::{is_opaque, is_whiteout};
-use crate::tree::{self, TreeError, kind};
-use crate::xattrs;
+use crate::marks::{OpaqueXattr, is_opaque, is_whiteout, mark};
+use crate::tree::{self, Node, TreeError, kind};
 use layer_tar::{PathError, WriteError};
 use record::Recorder;
 use rustix::fs::FileType;
@@ -25,6 +24,8 @@ pub(crate) use compare::{Comparison, Difference, compare};
 pub struct DiffOptions {
     /// Owners on disk are the host's; the container's are written.
     pub ids: IdMaps,
+    /// Which of overlayfs's attributes count; those of the mount that wrote the layer.
+    pub marks: OpaqueXattr,
 }
 
 /// Why a layer could not be archived. What was written until then is not a layer.
@@ -82,18 +83,18 @@ pub enum DiffError {
 /// not part of the archive.
 pub fn diff(upper: &Path, out: impl Write, options: &DiffOptions) -> Result<(), DiffError> {
     let mut recorder = Recorder::new(out, options);
-    if is_opaque_root(upper)? {
+    if is_opaque_root(upper, options.marks)? {
         recorder.opaque(b"")?;
     }
     tree::walk::<DiffError>(upper, |node| {
-        if is_whiteout(node.stat) || is_attribute_whiteout(&node)? {
+        if is_whiteout(node.stat) || is_attribute_whiteout(&node, options.marks)? {
             return recorder.whiteout(node.path);
         }
-        refuse_incomplete(&node)?;
+        refuse_incomplete(&node, options.marks)?;
         recorder.object(&node)?;
         if kind(node.stat) == FileType::Directory {
             let examine = |error| TreeError::new("read extended attributes of", node.path, error);
-            if is_opaque(node.directory, node.name).map_err(examine)? {
+            if is_opaque(node.directory, node.name, options.marks).map_err(examine)? {
                 recorder.opaque(node.path)?;
             }
         }
@@ -122,39 +123,35 @@ pub fn diff_trees(
     recorder.finish()
 }
 
-fn is_opaque_root(upper: &Path) -> Result<bool, DiffError> {
+fn is_opaque_root(upper: &Path, marks: OpaqueXattr) -> Result<bool, DiffError> {
     let root = tree::Cursor::open(upper)?;
-    Ok(is_opaque(root.fd(), b".")
+    Ok(is_opaque(root.fd(), b".", marks)
         .map_err(|error| TreeError::new("read extended attributes of", b"", error))?)
 }
 
 /// The other form of a whiteout that the kernel knows: an empty file with an attribute.
-fn is_attribute_whiteout(node: &tree::Node<'_>) -> Result<bool, DiffError> {
+fn is_attribute_whiteout(node: &Node<'_>, marks: OpaqueXattr) -> Result<bool, TreeError> {
     if kind(node.stat) != FileType::RegularFile || node.stat.st_size != 0 {
         return Ok(false);
     }
-    for attribute in ["trusted.overlay.whiteout", "user.overlay.whiteout"] {
-        let found = xattrs::get(node.directory, node.name, attribute.as_bytes());
-        if found.map_err(|error| TreeError::new("read extended attributes of", node.path, error))?.is_some() {
-            return Ok(true);
-        }
-    }
-    Ok(false)
+    has_mark(node, marks, "whiteout")
 }
 
-fn refuse_incomplete(node: &tree::Node<'_>) -> Result<(), DiffError> {
-    let attributes: &[&'static str] = match kind(node.stat) {
-        FileType::Directory => &["trusted.overlay.redirect", "user.overlay.redirect"],
-        FileType::RegularFile => &["trusted.overlay.metacopy", "user.overlay.metacopy"],
-        _ => &[],
+fn refuse_incomplete(node: &Node<'_>, marks: OpaqueXattr) -> Result<(), DiffError> {
+    let attribute = match kind(node.stat) {
+        FileType::Directory => "redirect",
+        FileType::RegularFile => "metacopy",
+        _ => return Ok(()),
     };
-    for &attribute in attributes {
-        let found = xattrs::get(node.directory, node.name, attribute.as_bytes());
-        if found.map_err(|error| TreeError::new("read extended attributes of", node.path, error))?.is_some() {
-            return Err(DiffError::Incomplete { path: tree::shown(node.path), attribute });
-        }
+    if has_mark(node, marks, attribute)? {
+        return Err(DiffError::Incomplete { path: tree::shown(node.path), attribute });
     }
     Ok(())
+}
+
+fn has_mark(node: &Node<'_>, marks: OpaqueXattr, name: &str) -> Result<bool, TreeError> {
+    let found = mark(node.directory, node.name, marks, name);
+    Ok(found.map_err(|error| TreeError::new("read extended attributes of", node.path, error))?.is_some())
 }
 
 /// Whoever takes the archive is spared small writes.

@@ -18,8 +18,16 @@ pub enum OpaqueXattr {
     Both,
 }
 
-const TRUSTED: &[u8] = b"trusted.overlay.opaque";
-const USER: &[u8] = b"user.overlay.opaque";
+impl OpaqueXattr {
+    /// The prefixes of overlayfs's attributes under which marks are looked for.
+    fn prefixes(self) -> &'static [&'static str] {
+        match self {
+            OpaqueXattr::Trusted => &["trusted.overlay."],
+            OpaqueXattr::User => &["user.overlay."],
+            OpaqueXattr::Both => &["trusted.overlay.", "user.overlay."],
+        }
+    }
+}
 
 /// Whether this is a whiteout: a character device 0:0.
 pub(crate) fn is_whiteout(stat: &Stat) -> bool {
@@ -31,23 +39,31 @@ pub(crate) fn make_whiteout(directory: BorrowedFd<'_>, name: &[u8]) -> Result<()
     mknodat(directory, name, FileType::CharacterDevice, Mode::empty(), 0)
 }
 
-/// Whether overlayfs ignores everything that layers below have in this directory.
-pub(crate) fn is_opaque(directory: BorrowedFd<'_>, name: &[u8]) -> Result<bool> {
-    for attribute in [TRUSTED, USER] {
-        if xattrs::get(directory, name, attribute)?.as_deref() == Some(b"y") {
-            return Ok(true);
+/// The value of one of overlayfs's attributes. In mounts with `trusted` attributes those of the other kind are
+/// ordinary ones, which programs in a container may set, so only the kind asked for counts.
+pub(crate) fn mark(
+    directory: BorrowedFd<'_>,
+    name: &[u8],
+    kind: OpaqueXattr,
+    mark: &str,
+) -> Result<Option<Vec<u8>>> {
+    for prefix in kind.prefixes() {
+        if let Some(value) = xattrs::get(directory, name, format!("{prefix}{mark}").as_bytes())? {
+            return Ok(Some(value));
         }
     }
-    Ok(false)
+    Ok(None)
+}
+
+/// Whether overlayfs ignores everything that layers below have in this directory.
+pub(crate) fn is_opaque(directory: BorrowedFd<'_>, name: &[u8], kind: OpaqueXattr) -> Result<bool> {
+    Ok(mark(directory, name, kind, "opaque")?.as_deref() == Some(b"y"))
 }
 
 /// Makes a directory opaque.
-pub(crate) fn make_opaque(directory: BorrowedFd<'_>, name: &[u8], which: OpaqueXattr) -> Result<()> {
-    if matches!(which, OpaqueXattr::Trusted | OpaqueXattr::Both) {
-        xattrs::set(directory, name, TRUSTED, b"y")?;
-    }
-    if matches!(which, OpaqueXattr::User | OpaqueXattr::Both) {
-        xattrs::set(directory, name, USER, b"y")?;
+pub(crate) fn make_opaque(directory: BorrowedFd<'_>, name: &[u8], kind: OpaqueXattr) -> Result<()> {
+    for prefix in kind.prefixes() {
+        xattrs::set(directory, name, format!("{prefix}opaque").as_bytes(), b"y")?;
     }
     Ok(())
 }

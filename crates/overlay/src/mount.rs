@@ -15,7 +15,10 @@ mod probe;
 
 pub use probe::{Support, Way, probe};
 
-use rustix::fd::OwnedFd;
+use crate::OpaqueXattr;
+use crate::marks::is_opaque;
+use crate::tree;
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
@@ -29,9 +32,9 @@ pub const MAX_LOWERS: usize = 500;
 /// What is to be stacked.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct OverlayMount {
-    /// The layers, topmost first; at least one and at most [`MAX_LOWERS`].
+    /// The layers, topmost first; at most [`MAX_LOWERS`].
     pub lowers: Vec<PathBuf>,
-    /// The directory that takes the changes. Without one the mount is read-only and needs two lowers.
+    /// The directory that takes the changes. Without one the mount is read-only.
     pub upper: Option<PathBuf>,
     /// The kernel's scratch directory, empty and on the file system of `upper`. Belongs to `upper`.
     pub work: Option<PathBuf>,
@@ -64,8 +67,16 @@ pub enum MountError {
         count: usize,
     },
     /// Nothing to stack.
-    #[error("an overlay needs a lower directory, and two if it has no upper one")]
-    TooFewLowers,
+    #[error("an overlay needs at least one directory")]
+    Empty,
+    /// The mount point has to serve as an empty layer, and is not empty.
+    #[error(
+        "the mount point '{target}' is not empty; what was put there while nothing was mounted must be removed"
+    )]
+    NotEmpty {
+        /// The mount point.
+        target: PathBuf,
+    },
     /// One of `upper` and `work` without the other.
     #[error("the upper and the work directory of an overlay belong together")]
     UpperWithoutWork,
@@ -98,7 +109,7 @@ pub enum MountError {
         lowers: usize,
         /// At which option, or `create`.
         option: &'static str,
-        /// What the kernel says about it; empty with mount(2), which says it in the kernel log.
+        /// What the kernel says about it; empty if it says so in its log only, always with mount(2).
         messages: Vec<String>,
         /// The cause.
         #[source]
@@ -146,7 +157,12 @@ pub enum MountError {
 }
 
 fn said(messages: &[String]) -> String {
-    if messages.is_empty() { String::new() } else { format!(": {}", messages.join("; ")) }
+    // Part of its reasons the kernel only writes to its log.
+    if messages.is_empty() {
+        "; the kernel log (dmesg) has the reason".to_owned()
+    } else {
+        format!(": {}", messages.join("; "))
+    }
 }
 
 impl OverlayMount {
@@ -157,30 +173,84 @@ impl OverlayMount {
 
     /// [`mount`](Self::mount) for callers that have probed before.
     pub fn mount_with(&self, target: &Path, support: &Support) -> Result<(), MountError> {
-        self.check()?;
+        let effective = self.effective(target)?;
         match support.way {
-            Way::Descriptors => context::mount(self, target, support, context::Layers::Descriptors),
-            Way::Strings => context::mount(self, target, support, context::Layers::Strings),
-            Way::Classic => classic::mount(self, target, support),
+            Way::Descriptors => context::mount(&effective, target, support, context::Layers::Descriptors),
+            Way::Strings => context::mount(&effective, target, support, context::Layers::Strings),
+            Way::Classic => classic::mount(&effective, target, support),
         }
     }
 
-    fn check(&self) -> Result<(), MountError> {
-        if self.lowers.len() > MAX_LOWERS {
-            return Err(MountError::TooManyLowers { count: self.lowers.len() });
-        }
+    /// What the kernel is to be told. It does not heed the opaque mark of a layer's root, so layers below such a
+    /// root are left out here; and it wants one lower directory, or two without an upper one, where the mount
+    /// point itself serves as an empty one.
+    fn effective(&self, target: &Path) -> Result<OverlayMount, MountError> {
         if self.upper.is_some() != self.work.is_some() {
             return Err(MountError::UpperWithoutWork);
         }
-        if self.lowers.len() < if self.upper.is_some() { 1 } else { 2 } {
-            return Err(MountError::TooFewLowers);
-        }
         match &self.label {
             Some(label) if label.contains(|char: char| char == '"' || char == '\\' || char.is_control()) => {
-                Err(MountError::Label { label: label.escape_default().to_string() })
+                return Err(MountError::Label { label: label.escape_default().to_string() });
             }
-            _ => Ok(()),
+            _ => {}
         }
+        let mut effective = self.clone();
+        let visible = self.visible_lowers()?;
+        effective.lowers.truncate(visible);
+        if visible > MAX_LOWERS {
+            return Err(MountError::TooManyLowers { count: visible });
+        }
+        if effective.lowers.is_empty() && effective.upper.is_none() {
+            return Err(MountError::Empty);
+        }
+        let wanted = if effective.upper.is_some() { 1 } else { 2 };
+        if effective.lowers.len() < wanted {
+            let directory = open_directory("lower", target)?;
+            let names = tree::names(directory.as_fd())
+                .map_err(|error| MountError::Attach { target: target.to_owned(), source: error.into() })?;
+            if !names.is_empty() {
+                return Err(MountError::NotEmpty { target: target.to_owned() });
+            }
+            effective.lowers.push(target.to_owned());
+        }
+        Ok(effective)
+    }
+
+    /// How many lower directories, counted from the top, are not hidden by an opaque root above them.
+    fn visible_lowers(&self) -> Result<usize, MountError> {
+        let marks = match self.marks {
+            Marks::Trusted => OpaqueXattr::Trusted,
+            Marks::User => OpaqueXattr::User,
+        };
+        let is_opaque = |role, path: &Path| {
+            is_opaque(open_directory(role, path)?.as_fd(), b".", marks)
+                .map_err(|error| MountError::Directory { role, path: path.to_owned(), source: error.into() })
+        };
+        if let Some(upper) = &self.upper
+            && is_opaque("upper", upper)?
+        {
+            return Ok(0);
+        }
+        for (index, lower) in self.lowers.iter().enumerate().take(MAX_LOWERS) {
+            if is_opaque("lower", lower)? {
+                return Ok(index + 1);
+            }
+        }
+        Ok(self.lowers.len())
+    }
+
+    /// The options that are switched off, as far as the kernel knows them. With `userxattr` the last two are off
+    /// anyway, and naming them counts as a contradiction.
+    fn switched_off(&self, support: &Support) -> Vec<&'static str> {
+        let user = self.marks == Marks::User;
+        [
+            ("index", support.index),
+            ("redirect_dir", support.redirect_dir && !user),
+            ("metacopy", support.metacopy && !user),
+        ]
+        .into_iter()
+        .filter_map(|(option, wanted)| wanted.then_some(option))
+        .collect()
     }
 
     fn refused(

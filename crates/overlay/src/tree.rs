@@ -115,15 +115,22 @@ impl Cursor {
 /// The names in a directory in bytewise order, without `.` and `..`.
 pub(crate) fn names(directory: BorrowedFd<'_>) -> rustix::io::Result<Vec<Vec<u8>>> {
     let mut names = Vec::new();
-    for entry in Dir::read_from(directory)? {
+    each_name(directory, |name| names.push(name.to_vec()))?;
+    names.sort_unstable();
+    Ok(names)
+}
+
+/// The names in a directory in no order, without `.` and `..`.
+pub(crate) fn each_name(directory: BorrowedFd<'_>, mut take: impl FnMut(&[u8])) -> rustix::io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    for entry in Dir::new(openat(directory, ".", flags, Mode::empty())?)? {
         let entry = entry?;
         let name = entry.file_name().to_bytes();
         if name != b"." && name != b".." {
-            names.push(name.to_vec());
+            take(name);
         }
     }
-    names.sort_unstable();
-    Ok(names)
+    Ok(())
 }
 
 fn identity(directory: &OwnedFd) -> rustix::io::Result<(u64, u64)> {

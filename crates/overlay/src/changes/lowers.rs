@@ -1,6 +1,6 @@
 //! Looking things up in a stack of layers without mounting it.
 
-use crate::marks::{is_opaque, is_whiteout};
+use crate::marks::{OpaqueXattr, is_opaque, is_whiteout};
 use crate::tree::{DIRECTORY, TreeError, kind, names, open_below, shorten};
 use crate::xattrs::{self, CAPABILITY};
 use rustix::fd::{AsFd, OwnedFd};
@@ -12,7 +12,10 @@ use std::path::PathBuf;
 
 /// Layers on disk, topmost first, looked at as overlayfs merges them.
 #[derive(Debug)]
-pub struct Lowers(Vec<OwnedFd>);
+pub struct Lowers {
+    layers: Vec<OwnedFd>,
+    marks: OpaqueXattr,
+}
 
 /// The layers that take part in a directory, topmost first.
 #[derive(Debug, Clone, Default)]
@@ -28,21 +31,25 @@ pub(super) struct Found {
 }
 
 impl Lowers {
-    /// Opens the layers, topmost first.
-    pub fn open(layers: &[PathBuf]) -> Result<Self, TreeError> {
+    /// Opens the layers, topmost first. `marks` are the attributes that a mount of them would heed.
+    pub fn open(layers: &[PathBuf], marks: OpaqueXattr) -> Result<Self, TreeError> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let open = |layer: &PathBuf| {
             openat(CWD, layer, flags, Mode::empty())
                 .map_err(|error| TreeError::new("open layer", layer.as_os_str().as_bytes(), error))
         };
-        Ok(Lowers(layers.iter().map(open).collect::<Result<_, _>>()?))
+        Ok(Lowers { layers: layers.iter().map(open).collect::<Result<_, _>>()?, marks })
+    }
+
+    pub(super) fn marks(&self) -> OpaqueXattr {
+        self.marks
     }
 
     pub(super) fn root(&self) -> Below {
         let mut below = Vec::new();
-        for (layer, root) in self.0.iter().enumerate() {
+        for (layer, root) in self.layers.iter().enumerate() {
             below.push(layer);
-            if is_opaque(root.as_fd(), b".").unwrap_or(false) {
+            if is_opaque(root.as_fd(), b".", self.marks).unwrap_or(false) {
                 break;
             }
         }
@@ -69,7 +76,7 @@ impl Lowers {
                 break;
             }
             found.below.0.push(layer);
-            if is_opaque(parent.as_fd(), name).map_err(examine)? {
+            if is_opaque(parent.as_fd(), name, self.marks).map_err(examine)? {
                 break;
             }
         }
@@ -82,7 +89,7 @@ impl Lowers {
         // A name counts as the topmost layer has it.
         let mut seen: BTreeMap<Vec<u8>, bool> = BTreeMap::new();
         for &layer in &directory.0 {
-            let opened = open_below(self.0[layer].as_fd(), path).map_err(list)?;
+            let opened = open_below(self.layers[layer].as_fd(), path).map_err(list)?;
             for name in names(opened.as_fd()).map_err(list)? {
                 if seen.contains_key(&name) {
                     continue;
@@ -107,9 +114,9 @@ impl Lowers {
         shorten(&mut directory);
         let name = &path[if directory.is_empty() { 0 } else { directory.len() + 1 }..];
         let opened = if directory.is_empty() {
-            openat(&self.0[layer], ".", DIRECTORY, Mode::empty())?
+            openat(&self.layers[layer], ".", DIRECTORY, Mode::empty())?
         } else {
-            open_below(self.0[layer].as_fd(), &directory)?
+            open_below(self.layers[layer].as_fd(), &directory)?
         };
         Ok((opened, name))
     }

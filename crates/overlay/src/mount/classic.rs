@@ -56,10 +56,7 @@ pub(super) fn mount(overlay: &OverlayMount, target: &Path, support: &Support) ->
     match done.map_err(attach)? {
         Ok(()) => Ok(()),
         Err(Errno::NODEV) => Err(MountError::NoOverlay(Errno::NODEV.into())),
-        Err(error) => {
-            let hint = vec!["the kernel log (dmesg) has the reason".to_owned()];
-            Err(overlay.refused(target, "create", hint, error))
-        }
+        Err(error) => Err(overlay.refused(target, "create", Vec::new(), error)),
     }
 }
 
@@ -144,15 +141,11 @@ fn options(
         options.extend_from_slice(b",workdir=");
         escape(&mut options, &work, b"\\,");
     }
-    for (option, known) in [
-        (",index=off", support.index),
-        (",redirect_dir=off", support.redirect_dir),
-        (",metacopy=off", support.metacopy),
-        (",userxattr", overlay.marks == Marks::User),
-    ] {
-        if known {
-            options.extend_from_slice(option.as_bytes());
-        }
+    for option in overlay.switched_off(support) {
+        options.extend_from_slice(format!(",{option}=off").as_bytes());
+    }
+    if overlay.marks == Marks::User {
+        options.extend_from_slice(b",userxattr");
     }
     if let Some(label) = &overlay.label {
         // Labels contain commas; the quotes protect them.

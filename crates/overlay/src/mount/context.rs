@@ -38,12 +38,8 @@ pub(super) fn mount(
         |option: &'static str| move |error| overlay.refused(target, option, messages(said_by), error);
 
     fsconfig_set_string(&context, "source", "overlay").map_err(refused("source"))?;
-    for (option, known) in
-        [("index", support.index), ("redirect_dir", support.redirect_dir), ("metacopy", support.metacopy)]
-    {
-        if known {
-            fsconfig_set_string(&context, option, "off").map_err(refused(option))?;
-        }
+    for option in overlay.switched_off(support) {
+        fsconfig_set_string(&context, option, "off").map_err(refused(option))?;
     }
     if overlay.marks == Marks::User {
         fsconfig_set_flag(&context, "userxattr").map_err(refused("userxattr"))?;
