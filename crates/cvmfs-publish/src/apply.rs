@@ -90,12 +90,17 @@ impl Apply<'_> {
         links: &mut Vec<(Vec<u8>, LayerPath)>,
     ) -> Result<bool, PublishError> {
         let existing = if nothing_there { None } else { self.workspace.row(at, path)? };
+        let was_directory = existing.as_ref().is_some_and(Entry::is_directory);
         let is_new = match existing {
             Some(entry) if entry.is_bind_mountpoint() => {
                 return Err(PublishError::entry(
                     path,
                     "is a bind mountpoint: its content belongs to another catalog",
                 ));
+            }
+            Some(entry) if entry.is_directory() && directory.replaces => {
+                self.workspace.remove_tree(at, path, &entry)?;
+                true
             }
             Some(entry) if entry.is_directory() => {
                 if let Some(meta) = &directory.meta {
@@ -128,7 +133,7 @@ impl Apply<'_> {
         if !is_new && added != 0 {
             self.add_subdirectories(path, added)?;
         }
-        Ok(is_new)
+        Ok(!was_directory)
     }
 
     /// Puts the content of a directory into the catalog `at`; returns by how many its sub-directories grew.

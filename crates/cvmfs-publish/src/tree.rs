@@ -103,6 +103,8 @@ pub(crate) struct Directory {
     /// Time of the entry that implied the directory.
     pub(crate) implied_by: Timestamp,
     pub(crate) children: BTreeMap<Box<[u8]>, Child>,
+    /// An earlier entry of the archive put something else here: what the repository has goes, too.
+    pub(crate) replaces: bool,
     whiteouts: BTreeMap<Box<[u8]>, Meta>,
     opaque: bool,
 }
@@ -113,6 +115,7 @@ impl Directory {
             meta: None,
             implied_by: by,
             children: BTreeMap::new(),
+            replaces: false,
             whiteouts: BTreeMap::new(),
             opaque: false,
         }
@@ -145,8 +148,9 @@ impl LayerTree {
         let parent = descend(&mut self.root, parents, path, meta.mtime)?;
         match parent.children.get_mut(name) {
             Some(Child::Directory(there)) => there.meta = Some(meta),
-            _ => {
+            earlier => {
                 let mut directory = Directory::implied(meta.mtime);
+                directory.replaces = earlier.is_some();
                 directory.meta = Some(meta);
                 parent.children.insert(name.into(), Child::Directory(Box::new(directory)));
             }

@@ -308,7 +308,7 @@ impl Walk<'_, '_> {
             match self.catalog.list_all(entry.path_hash) {
                 Ok(below) if below.is_empty() => {}
                 Ok(below) => {
-                    self.wrong(path, format!("has {} entries in the catalog above its own", below.len()))
+                    self.wrong(path, format!("has {} entries in the catalog above its own", below.len()));
                 }
                 Err(error) => self.wrong(path, chain(&error)),
             }
@@ -442,7 +442,7 @@ impl Walk<'_, '_> {
         match self.catalog.chunk_count() {
             Ok(count) if count == self.chunks => {}
             Ok(count) => {
-                self.wrong(mountpoint, format!("has {count} chunk rows, {} of them in use", self.chunks))
+                self.wrong(mountpoint, format!("has {count} chunk rows, {} of them in use", self.chunks));
             }
             Err(error) => self.wrong(mountpoint, chain(&error)),
         }
