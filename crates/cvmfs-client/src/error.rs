@@ -39,7 +39,7 @@ pub enum ClientError {
         hash: ContentHash,
         /// Why.
         #[source]
-        source: FetchError,
+        source: Box<FetchError>,
     },
     /// A catalog has the right hash and is nevertheless no catalog.
     #[error("catalog of {fqrn}:{path} is not readable")]
@@ -50,7 +50,7 @@ pub enum ClientError {
         path: String,
         /// Why.
         #[source]
-        source: CatalogError,
+        source: Box<CatalogError>,
     },
     /// A catalog contradicts itself or its parent.
     #[error("catalog of {fqrn}:{path} is damaged: {reason}")]
@@ -64,18 +64,24 @@ pub enum ClientError {
     },
     /// A catalog query failed.
     #[error(transparent)]
-    Catalog(#[from] CatalogError),
+    Catalog(Box<CatalogError>),
+}
+
+impl From<CatalogError> for ClientError {
+    fn from(error: CatalogError) -> Self {
+        Self::Catalog(Box::new(error))
+    }
 }
 
 impl ClientError {
     /// The catalog attached at `path` cannot be had.
     pub fn catalog_missing(fqrn: &str, path: &[u8], hash: ContentHash, source: FetchError) -> Self {
-        Self::CatalogMissing { fqrn: fqrn.to_owned(), path: shown(path), hash, source }
+        Self::CatalogMissing { fqrn: fqrn.to_owned(), path: shown(path), hash, source: Box::new(source) }
     }
 
     /// The catalog attached at `path` is no catalog.
     pub fn catalog_unreadable(fqrn: &str, path: &[u8], source: CatalogError) -> Self {
-        Self::CatalogUnreadable { fqrn: fqrn.to_owned(), path: shown(path), source }
+        Self::CatalogUnreadable { fqrn: fqrn.to_owned(), path: shown(path), source: Box::new(source) }
     }
 
     /// The catalogs contradict each other at `path`.
@@ -130,7 +136,8 @@ impl ClientError {
 
     fn fetch_error(&self) -> Option<&FetchError> {
         match self {
-            Self::Fetch(error) | Self::CatalogMissing { source: error, .. } => Some(error),
+            Self::Fetch(error) => Some(error),
+            Self::CatalogMissing { source, .. } => Some(source),
             Self::Trust(error) => error.fetch_error(),
             _ => None,
         }
@@ -155,7 +162,7 @@ mod tests {
     #[test]
     fn each_error_has_its_errno_and_exit_code() {
         let object = || "object x".to_owned();
-        let place = crate::network::Place { host: "h".to_owned(), proxy: "DIRECT".to_owned() };
+        let place = Box::new(crate::network::Place { host: "h".to_owned(), proxy: "DIRECT".to_owned() });
         let table: [(ClientError, Errno, u8); 6] = [
             (FetchError::NotFound { object: object(), place: place.clone() }.into(), Errno::IO, 5),
             (FetchError::Deadline { object: object(), place, last: None }.into(), Errno::TIMEDOUT, 4),

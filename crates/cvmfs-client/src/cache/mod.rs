@@ -12,8 +12,8 @@
 //! Invariants:
 //! * a file appears under its name only complete and verified, by rename; nothing is ever changed under a name;
 //! * the cache stays below its limit and leaves the partition a reserve: the least recently used files go first;
-//! * `kill -9` at any point leaves nothing that needs repair; no file is flushed to the disk except those whose
-//!   size nobody knows, so after a power cut a wrong size is found when the file is opened, and it is fetched again;
+//! * `kill -9` at any point leaves nothing that needs repair. No file is flushed to the disk: after a power cut its
+//!   size is wrong if its bytes are not there, which is found when the file is opened, and it is fetched again;
 //! * a full partition never prevents reading: files are then served without being kept.
 //!
 //! The C++ client's cache directory is left alone: its quota data base would not know our files. Where one is found,
@@ -206,6 +206,11 @@ impl Cache {
             }
             Err(space::NoRoom) => false,
         }
+    }
+
+    /// Takes a charge back whose bytes were not stored.
+    pub(crate) fn discharge(&self, bytes: u64) {
+        self.0.space.subtract(bytes);
     }
 
     /// Makes room after the partition refused `bytes`. False if nothing could be removed.

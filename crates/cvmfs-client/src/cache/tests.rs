@@ -13,7 +13,7 @@ fn name(number: u64) -> CacheName {
 fn store(cache: &Cache, number: u64, bytes: &[u8]) -> CachedFile {
     let mut txn = cache.begin(Some(bytes.len() as u64)).unwrap();
     txn.write_all(bytes).unwrap();
-    txn.commit(&name(number), false).unwrap()
+    txn.commit(&name(number)).unwrap()
 }
 
 fn content(file: &CachedFile) -> Vec<u8> {
@@ -50,7 +50,7 @@ fn a_file_appears_under_its_name_only_when_it_is_committed() {
     let mut txn = cache.begin(Some(5)).unwrap();
     txn.write_all(b"hello").unwrap();
     assert!(cache.get(&name(1), Some(5)).is_none());
-    let file = txn.commit(&name(1), false).unwrap();
+    let file = txn.commit(&name(1)).unwrap();
     assert_eq!((file.size, content(&file)), (5, b"hello".to_vec()));
     assert_eq!(content(&cache.get(&name(1), Some(5)).unwrap()), b"hello");
     assert!(file.file.metadata().unwrap().mode() & 0o077 == 0, "private");
@@ -87,7 +87,7 @@ fn what_a_killed_process_left_in_txn_is_removed_and_live_work_is_not() {
     live.write_all(b"hello").unwrap();
     let again = Cache::open(directory.path(), 1 << 30).unwrap();
     assert!(!directory.path().join("txn/1234-dead-0").exists());
-    live.commit(&name(1), false).unwrap();
+    live.commit(&name(1)).unwrap();
     assert!(again.get(&name(1), Some(5)).is_some());
 }
 
@@ -122,7 +122,7 @@ fn a_file_larger_than_the_cache_is_served_and_not_kept() {
     assert!(cache.get(&name(1), None).is_none());
     let mut txn = cache.begin(None).unwrap();
     txn.write_all(&[4; 256 * 1024]).unwrap();
-    assert_eq!(content(&txn.commit(&name(2), true).unwrap()), vec![4; 256 * 1024]);
+    assert_eq!(content(&txn.commit(&name(2)).unwrap()), vec![4; 256 * 1024]);
     assert!(cache.get(&name(2), None).is_none());
     assert_eq!(std::fs::read_dir(directory.path().join("txn")).unwrap().count(), 0);
 }
@@ -143,6 +143,7 @@ fn two_processes_share_one_count() {
 fn a_lost_count_is_made_anew_and_foreign_files_are_removed() {
     let directory = tempfile::tempdir().unwrap();
     let cache = Cache::open(directory.path(), 1 << 30).unwrap();
+    counted(&cache);
     store(&cache, 1, &[1; 8192]);
     std::fs::write(directory.path().join("usage"), b"rubbish").unwrap();
     std::fs::write(directory.path().join("ab/core"), b"dump").unwrap();

@@ -79,15 +79,11 @@ impl Txn {
         Ok(())
     }
 
-    /// Moves the file into the cache under `name`, or hands it out without a name if there was no room. With
-    /// `durable` the bytes reach the disk first: for files whose size nobody knows when they are opened again.
-    pub(crate) fn commit(mut self, name: &CacheName, durable: bool) -> io::Result<CachedFile> {
+    /// Moves the file into the cache under `name`, or hands it out without a name if there was no room.
+    pub(crate) fn commit(mut self, name: &CacheName) -> io::Result<CachedFile> {
         let size = self.written;
         let path = self.path.take();
         if let Some(path) = path {
-            if durable {
-                self.file.sync_data()?;
-            }
             match std::fs::rename(&path, self.cache.path(name)) {
                 Ok(()) => self.cache.0.space.add(space::charge(size)),
                 // The cache directory was removed under us: the file is whole, it is only not kept.

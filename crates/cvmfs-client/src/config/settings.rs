@@ -76,13 +76,14 @@ pub enum Proxy {
 
 impl Proxy {
     /// The proxy's URL without user name and password, or `DIRECT`; fit for logs.
-    pub fn display(&self) -> &str {
-        match self {
-            Self::Direct => "DIRECT",
-            Self::Url(url) => {
-                let (_, rest) = url.split_once("://").unwrap_or(("", url));
-                rest.rsplit_once('@').map_or(url, |(_, address)| address)
+    pub fn display(&self) -> String {
+        let Self::Url(url) = self else { return "DIRECT".to_owned() };
+        match url.split_once("://") {
+            Some((scheme, rest)) => {
+                let address = rest.rsplit_once('@').map_or(rest, |(_, address)| address);
+                format!("{scheme}://{address}")
             }
+            None => url.clone(),
         }
     }
 }

@@ -211,7 +211,7 @@ fn proxies_form_groups_and_direct_counts_only_without_a_fallback() {
 
 #[test]
 fn passwords_of_proxies_stay_out_of_logs() {
-    assert_eq!(Proxy::Url("http://user:secret@p1:3128".into()).display(), "p1:3128");
+    assert_eq!(Proxy::Url("http://user:secret@p1:3128".into()).display(), "http://p1:3128");
 }
 
 #[test]

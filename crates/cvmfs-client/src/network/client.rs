@@ -38,7 +38,7 @@ pub(super) fn build(
         .redirect(redirects(settings.follow_redirects))
         .no_proxy();
     if let Proxy::Url(url) = proxy {
-        let invalid = |source| FetcherError::Proxy { proxy: proxy.display().to_owned(), source };
+        let invalid = |source| FetcherError::Proxy { proxy: proxy.display(), source };
         builder = builder.proxy(reqwest::Proxy::all(url).map_err(invalid)?);
     }
     builder.build().map_err(FetcherError::Client)

@@ -15,7 +15,7 @@ pub enum FetchError {
         /// What was asked for.
         object: String,
         /// The last server asked.
-        place: Place,
+        place: Box<Place>,
     },
     /// No server could be reached, or none answered as it should.
     #[error("cannot fetch {object}: {cause} ({place}, {attempts} attempts)")]
@@ -23,7 +23,7 @@ pub enum FetchError {
         /// What was asked for.
         object: String,
         /// Where the last attempt went.
-        place: Place,
+        place: Box<Place>,
         /// What went wrong with the last attempt.
         cause: Cause,
         /// How many attempts were made.
@@ -35,7 +35,7 @@ pub enum FetchError {
         /// What was asked for.
         object: String,
         /// Where the last copy came from.
-        place: Place,
+        place: Box<Place>,
         /// How it differs.
         reason: String,
     },
@@ -45,7 +45,7 @@ pub enum FetchError {
         /// What was asked for.
         object: String,
         /// Where requests go at present.
-        place: Place,
+        place: Box<Place>,
         /// The last failed attempt.
         last: Option<Cause>,
     },

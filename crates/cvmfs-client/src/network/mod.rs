@@ -404,11 +404,11 @@ impl Fetcher {
         }
     }
 
-    fn place(&self, route: Route) -> Place {
-        Place {
+    fn place(&self, route: Route) -> Box<Place> {
+        Box::new(Place {
             host: self.0.hosts.get(route.host).cloned().unwrap_or_default(),
-            proxy: self.0.clients.get(route.client).map_or("", |(proxy, _)| proxy.display()).to_owned(),
-        }
+            proxy: self.0.clients.get(route.client).map_or_else(String::new, |(proxy, _)| proxy.display()),
+        })
     }
 }
 
@@ -562,7 +562,7 @@ impl Journey {
         self.route.client = client;
     }
 
-    fn failure(&self, object: &str, place: Place, cause: Cause) -> FetchError {
+    fn failure(&self, object: &str, place: Box<Place>, cause: Cause) -> FetchError {
         let object = object.to_owned();
         match cause {
             Cause::Corrupt(reason) => FetchError::Corrupt { object, place, reason },

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use cvmfs_format::catalog::Chunk;
@@ -29,6 +29,8 @@ const MAX_CHUNKS: usize = 1 << 20;
 const MEMORY_UNITS: usize = 4096;
 /// 64 KiB: 4096 of them are 256 MiB.
 const UNIT: u64 = 64 * 1024;
+/// A read that begins so little behind the last one's end still goes on where that ended.
+const SEQUENTIAL_SLACK: u64 = 1 << 20;
 /// Chunks of one read that are fetched at once.
 const PARALLEL: usize = 4;
 
@@ -69,8 +71,8 @@ struct Assembly {
     compression: Compression,
     size: u64,
     backing: Backing,
-    /// The chunk after the last one that was read: a reader who asks for it is sequential.
-    expected: AtomicUsize,
+    /// The end of the last read: a reader who goes on there is sequential.
+    expected: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -110,7 +112,7 @@ impl ChunkedHandle {
             compression: file.compression,
             size: file.size,
             backing,
-            expected: AtomicUsize::new(0),
+            expected: AtomicU64::new(u64::MAX),
         });
         open.retain(|_, assembly| assembly.strong_count() > 0);
         open.insert(name, Arc::downgrade(&assembly));
@@ -164,7 +166,7 @@ impl ChunkedHandle {
                 None => part.read_at(piece, from).map_err(|error| self.failed(error))?,
             }
         }
-        self.read_ahead(part, first, last);
+        self.read_ahead(part, offset, end, last);
         Ok(wanted)
     }
 
@@ -237,11 +239,11 @@ impl ChunkedHandle {
         outcome
     }
 
-    /// A sequential reader gets its next chunk before it asks.
-    fn read_ahead(&self, part: &Part, first: usize, last: usize) {
-        let expected = self.assembly.expected.swap(last + 1, Ordering::Relaxed);
+    /// A sequential reader gets its next chunk before it asks. The kernel may swap neighbouring reads.
+    fn read_ahead(&self, part: &Part, offset: u64, end: u64, last: usize) {
+        let expected = self.assembly.expected.swap(end, Ordering::Relaxed);
+        let is_sequential = offset.checked_sub(expected).is_some_and(|skipped| skipped <= SEQUENTIAL_SLACK);
         let next = last + 1;
-        let is_sequential = first == expected || first + 1 == expected;
         if is_sequential && next < self.assembly.chunks.len() && !part.is_present(next) {
             self.launch(next);
         }
@@ -266,7 +268,8 @@ impl ChunkedHandle {
             return Ok(None);
         }
         let name = ObjectName::new(place.hash, ObjectKind::Chunk);
-        let wanted = Wanted { name, compression: self.assembly.compression, size: Some(place.size), hint: None };
+        let wanted =
+            Wanted { name, compression: self.assembly.compression, size: Some(place.size), hint: None };
         let units = u32::try_from(place.size.div_ceil(UNIT)).unwrap_or(u32::MAX);
         // The semaphore is never closed, and no chunk is larger than all of it.
         let _memory = self.store.0.chunked.memory.acquire_many(units).await;

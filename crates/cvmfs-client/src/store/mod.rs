@@ -7,6 +7,7 @@
 //! Invariant: no byte leaves this module that does not belong to the object whose name was asked for.
 
 mod chunked;
+mod database;
 mod flight;
 mod part;
 mod verify;
@@ -124,7 +125,7 @@ impl ObjectStore {
         let file = CacheName::object(&name.hash, compression);
         let is_database = matches!(name.kind, ObjectKind::Catalog | ObjectKind::History);
         let (size, hint) = if is_database { (None, size) } else { (size, None) };
-        if let Some(found) = self.0.cache.get(&file, size) {
+        if let Some(found) = self.cached(name, &file, size) {
             self.0.hits.fetch_add(1, Ordering::Relaxed);
             return Ok(found);
         }
@@ -154,7 +155,7 @@ impl ObjectStore {
 
     /// Whether the object is in the cache. With `size` a file of another size does not count.
     pub fn is_cached(&self, name: &ObjectName, compression: Compression, size: Option<u64>) -> bool {
-        self.0.cache.get(&CacheName::object(&name.hash, compression), size).is_some()
+        self.cached(name, &CacheName::object(&name.hash, compression), size).is_some()
     }
 
     /// Forgets a cached object that turned out to be unusable; it is fetched again when it is asked for.
@@ -222,17 +223,31 @@ impl ObjectStore {
 
     async fn download(self, wanted: Wanted, file: CacheName) -> ObjectResult {
         // Somebody may have stored it between our look and the start of this download.
-        if let Some(found) = self.0.cache.get(&file, wanted.size) {
+        let name = &wanted.name;
+        if let Some(found) = self.cached(name, &file, wanted.size) {
             return Ok(Arc::new(found));
         }
-        let name = &wanted.name;
         let txn = self.0.cache.begin(wanted.size).map_err(|error| stored(name, error))?;
         let mut sink = Verified::new(wanted, txn);
         let request = Request { path: name.path(), object: describe(name), max: wanted.max_stored() };
         self.0.fetcher.transfer(&request, &mut sink, Deadline::after(LONGEST_DOWNLOAD)).await?;
-        let durable = wanted.size.is_none();
-        let stored_file = sink.into_target().commit(&file, durable).map_err(|error| stored(name, error))?;
+        let stored_file = sink.into_target().commit(&file).map_err(|error| stored(name, error))?;
         Ok(Arc::new(stored_file))
+    }
+
+    /// The object from the cache. Where nobody reliable states the size, what the file says of itself must fit it.
+    fn cached(&self, name: &ObjectName, file: &CacheName, size: Option<u64>) -> Option<CachedFile> {
+        let found = self.0.cache.get(file, size)?;
+        if size.is_none() && !database::is_whole(&found) {
+            tracing::warn!(
+                object = describe(name),
+                found = found.size,
+                "cut database file is removed from the cache"
+            );
+            self.0.cache.remove(file);
+            return None;
+        }
+        Some(found)
     }
 
     fn remembered_failure(&self, key: &ObjectKey) -> Option<FetchError> {

@@ -103,9 +103,13 @@ impl Part {
     pub(super) fn look_up(&self, chunk: usize) -> bool {
         if !self.is_present(chunk) {
             let mut byte = [0];
-            let found = self.file.read_at(&mut byte, self.map_offset() + HEADER + chunk as u64);
-            if matches!(found, Ok(1)) && byte == [1] {
-                self.mark(chunk);
+            match self.file.read_at(&mut byte, self.map_offset() + HEADER + chunk as u64) {
+                Ok(1) if byte == [1] => self.mark(chunk),
+                // The map was cut off: that is done to complete files only.
+                Ok(0) if self.file.metadata().is_ok_and(|metadata| metadata.len() == self.size) => {
+                    self.mark_all()
+                }
+                _ => {}
             }
         }
         self.is_present(chunk)
@@ -123,10 +127,14 @@ impl Part {
         }
         let _here = self.storing.lock().unwrap_or_else(PoisonError::into_inner);
         if !lock::exclusive(&self.file, LOCK_PATIENCE) {
+            self.cache.discharge(bytes.len() as u64);
             return Ok(Stored::NoRoom);
         }
         let outcome = self.store_locked(chunk, offset, bytes);
         lock::release(&self.file);
+        if outcome.is_err() {
+            self.cache.discharge(bytes.len() as u64);
+        }
         match outcome {
             Err(error) if is_full(&error) => Ok(Stored::NoRoom),
             Err(error) => Err(error),
@@ -145,7 +153,7 @@ impl Part {
     fn store_locked(&self, chunk: usize, offset: u64, bytes: &[u8]) -> io::Result<()> {
         if self.file.metadata()?.len() != self.full_length() {
             // Another process had the last missing chunk: the file is complete, and ours is in it already.
-            (0..self.present.len()).for_each(|chunk| self.mark(chunk));
+            self.mark_all();
             return Ok(());
         }
         match self.file.write_all_at(bytes, offset) {
@@ -217,6 +225,10 @@ impl Part {
             }
         }
         Ok(())
+    }
+
+    fn mark_all(&self) {
+        (0..self.present.len()).for_each(|chunk| self.mark(chunk));
     }
 
     fn mark(&self, chunk: usize) {

@@ -39,7 +39,12 @@ impl Blacklist {
         Ok(blacklist)
     }
 
-    pub(super) fn check(&self, fqrn: &str, revision: u64, certificate: &Certificate) -> Result<(), TrustError> {
+    pub(super) fn check(
+        &self,
+        fqrn: &str,
+        revision: u64,
+        certificate: &Certificate,
+    ) -> Result<(), TrustError> {
         if self.fingerprints.iter().any(|listed| certificate.fingerprint(listed.algorithm) == *listed) {
             return Err(TrustError::CertificateBlacklisted { fqrn: fqrn.to_owned() });
         }
@@ -95,8 +100,8 @@ fn read(path: &Path) -> io::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use cvmfs_format::signature::generate_keys;
     use cvmfs_format::hash::HashAlgorithm;
+    use cvmfs_format::signature::generate_keys;
 
     #[test]
     fn listed_certificates_and_lower_revisions_are_refused() {
@@ -106,11 +111,17 @@ mod tests {
         blacklist.add(b"# comment\n<a.b 5\n<a.b 7\n<a.b x\n< a.c 9\nrubbish\n");
         blacklist.check("a.b", 7, &certificate).unwrap();
         blacklist.check("other.b", 1, &certificate).unwrap();
-        assert!(matches!(blacklist.check("a.b", 6, &certificate), Err(TrustError::RevisionBlacklisted { lowest: 7, .. })));
+        assert!(matches!(
+            blacklist.check("a.b", 6, &certificate),
+            Err(TrustError::RevisionBlacklisted { lowest: 7, .. })
+        ));
         assert!(blacklist.check("a.c", 8, &certificate).is_err());
         let listed = certificate.fingerprint(HashAlgorithm::Sha1).to_fingerprint();
         blacklist.add(format!("{listed} # stolen\n").as_bytes());
-        assert!(matches!(blacklist.check("a.b", 9, &certificate), Err(TrustError::CertificateBlacklisted { .. })));
+        assert!(matches!(
+            blacklist.check("a.b", 9, &certificate),
+            Err(TrustError::CertificateBlacklisted { .. })
+        ));
     }
 
     #[test]

@@ -164,7 +164,7 @@ pub enum TrustError {
         /// The catalog.
         hash: ContentHash,
         /// Why.
-        source: CatalogError,
+        source: Box<CatalogError>,
     },
 }
 
@@ -319,7 +319,8 @@ impl Chain<'_> {
 
         let certificate = self.certificate(&manifest)?;
         let unsigned = |reason| TrustError::ManifestSignature { fqrn: fqrn.clone(), reason };
-        let letter = Letter::parse(&manifest_file).map_err(|error: LetterError| unsigned(error.to_string()))?;
+        let letter =
+            Letter::parse(&manifest_file).map_err(|error: LetterError| unsigned(error.to_string()))?;
         certificate.verify_manifest(&letter).map_err(|error| unsigned(error.to_string()))?;
 
         let whitelist = self.whitelist()?;
@@ -394,20 +395,23 @@ impl Chain<'_> {
         crate::tree::open_catalog(&file).map(drop).map_err(|source| TrustError::RootCatalog {
             fqrn: self.settings.fqrn.clone(),
             hash: manifest.root_catalog,
-            source,
+            source: Box::new(source),
         })
     }
 
-    /// Writes the breadcrumb: to a temporary file, then by rename. It is flushed, since it guards against replay.
+    /// Writes the breadcrumb: to a temporary file, then by rename. It is flushed in the background, since it guards
+    /// against replay and must survive a power cut, but nobody should wait for a slow disk.
     fn remember(&self, manifest: &Manifest) {
         let path = breadcrumb_path(self.store, &self.settings.fqrn);
         let write = || {
             let directory = self.store.cache().directory();
             let mut file = tempfile::Builder::new().prefix(".cvmfschecksum.").tempfile_in(directory)?;
             file.write_all(manifest.breadcrumb().to_text().as_bytes())?;
-            file.as_file().sync_data()?;
-            file.persist(&path).map_err(|error| error.error)?;
-            Ok::<_, io::Error>(())
+            let file = file.persist(&path).map_err(|error| error.error)?;
+            std::thread::Builder::new()
+                .name("cvmfs-flush".to_owned())
+                .spawn(move || file.sync_data())
+                .map(drop)
         };
         if let Err(error) = write() {
             tracing::warn!(path = %path.display(), %error, "cannot remember the accepted revision");
