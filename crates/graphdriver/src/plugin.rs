@@ -5,7 +5,7 @@
 //! is kept on disk and the driver is set up from it at once.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -46,11 +46,11 @@ impl Plugin {
             Ok(Some(init)) => match plugin.set_up(&init) {
                 Ok(()) => tracing::info!(home = init.home, "initialised as before the restart"),
                 Err(error) => {
-                    tracing::error!(home = init.home, %error, "cannot initialise as before the restart")
+                    tracing::error!(home = init.home, %error, "cannot initialise as before the restart");
                 }
             },
             Err(error) => {
-                tracing::warn!(file = %plugin.state.display(), %error, "ignoring a damaged state file")
+                tracing::warn!(file = %plugin.state.display(), %error, "ignoring a damaged state file");
             }
         }
         plugin
@@ -88,12 +88,11 @@ impl Plugin {
 }
 
 fn read_state(path: &Path) -> io::Result<Option<InitRequest>> {
-    match fs::metadata(path) {
+    let file = match fs::File::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Ok(metadata) if metadata.len() > MAX_STATE_BYTES => return Err(io::Error::other("too large")),
-        metadata => drop(metadata?),
-    }
-    Ok(Some(serde_json::from_slice(&fs::read(path)?)?))
+        file => file?,
+    };
+    Ok(Some(serde_json::from_reader(io::BufReader::new(file.take(MAX_STATE_BYTES)))?))
 }
 
 fn write_state(path: &Path, text: &str) -> io::Result<()> {

@@ -180,7 +180,7 @@ impl Repositories {
 
     /// Mounts what `locations` lie in, checks that each is there, notes `holder` as user
     /// and returns the directories in the same order. On failure `holder` holds what it
-    /// held before.
+    /// held before, and what was mounted only for it is unmounted.
     ///
     /// # Errors
     /// The first repository or layer that cannot be used.
@@ -201,7 +201,10 @@ impl Repositories {
             place::find_all(&*self.mounts, &mountpoints, locations)
         })();
         if acquired.is_err() {
-            added.iter().for_each(|fqrn| self.drop_hold(fqrn, holder));
+            for fqrn in &added {
+                self.drop_hold(fqrn, holder);
+                self.unmount_unused(fqrn, Duration::ZERO);
+            }
         }
         acquired
     }

@@ -196,11 +196,8 @@ fn a_diff_that_cannot_begin_is_a_message_and_one_that_fails_later_cuts_the_conne
     assert_eq!(status, 200);
     assert!(!body.next_piece().unwrap().is_empty());
     fs::File::options().write(true).open(tree.join("file")).unwrap().set_len(10).unwrap();
-    loop {
-        match body.next_piece() {
-            Some(piece) => assert!(!piece.is_empty(), "the archive seemed to end properly"),
-            None => break,
-        }
+    while let Some(piece) = body.next_piece() {
+        assert!(!piece.is_empty(), "the archive seemed to end properly");
     }
     host.put("c");
 }

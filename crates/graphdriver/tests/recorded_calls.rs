@@ -1,5 +1,7 @@
 //! What real engines call, call by call: every answer is the recorded one.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
+
 mod common;
 
 use std::collections::HashSet;

@@ -1,5 +1,7 @@
 //! Restarts, crashes and calls in any order: what is mounted, counted and left on disk.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
+
 mod common;
 
 use std::collections::BTreeSet;
@@ -32,7 +34,7 @@ fn each_put_gives_back_one_reference_and_one_too_many_is_fine() {
     }
     host.put("c");
     host.put("c");
-    assert_eq!(host.mounted(), [merged.clone()]);
+    assert_eq!(host.mounted(), std::slice::from_ref(&merged));
     host.put("c");
     assert!(host.mounted().is_empty() && !merged.exists());
     host.put("c");

@@ -1,5 +1,7 @@
 //! Thin layers: what a container on them sees, and what becomes of bad ones.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
+
 mod common;
 
 use std::fs;

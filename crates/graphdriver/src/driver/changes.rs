@@ -6,6 +6,7 @@
 
 use std::io::Write;
 
+use overlay::OpaqueXattr;
 use overlay::changes::{ChangeKind, Lowers, changes, changes_of_trees};
 use overlay::diff::{DiffOptions, diff, diff_trees};
 use overlay::size::layer_size;
@@ -25,7 +26,7 @@ impl Driver {
         parent: Option<&LayerId>,
         out: &mut dyn Write,
     ) -> Result<(), DriverError> {
-        let options = DiffOptions { ids: self.id_maps.clone() };
+        let options = DiffOptions { ids: self.id_maps.clone(), ..DiffOptions::default() };
         let written = if self.store.is_parent(id, parent)? {
             diff(&self.store.diff_directory(id), out, &options)
         } else {
@@ -44,7 +45,7 @@ impl Driver {
             // A descriptor is new, whatever lies below.
             let below = if self.store.is_thin(id)? { Vec::new() } else { self.store.lowers(id)? };
             let held = self.hold(&below)?;
-            Lowers::open(held.directories())
+            Lowers::open(held.directories(), OpaqueXattr::default())
                 .and_then(|lowers| changes(&self.store.diff_directory(id), &lowers))
         } else {
             let (below, above) = (self.view(parent)?, self.view(Some(id))?);

@@ -193,9 +193,11 @@ impl Driver {
 }
 
 fn locations(lowers: &[Lower]) -> Vec<&Location> {
-    let location = |lower| match lower {
-        &Lower::Repository(ref location) => Some(location),
-        Lower::Layer(_) => None,
-    };
-    lowers.iter().filter_map(location).collect()
+    let mut locations = Vec::new();
+    for lower in lowers {
+        if let Lower::Repository(location) = lower {
+            locations.push(location);
+        }
+    }
+    locations
 }

@@ -143,7 +143,7 @@ impl RepositoryMounts for ClientMounts {
             }
             match mounts::unmount_all(&mountpoint) {
                 Ok(()) => {
-                    tracing::warn!(%fqrn, "removed a dead mount; the repository is mounted again when needed")
+                    tracing::warn!(%fqrn, "removed a dead mount; the repository is mounted again when needed");
                 }
                 Err(error) => tracing::warn!(%fqrn, %error, "cannot remove a dead mount"),
             }

@@ -78,6 +78,17 @@ fn a_layer_that_is_not_there_is_looked_for_in_a_newer_revision_once() {
 }
 
 #[test]
+fn a_failed_start_leaves_nothing_mounted_that_nobody_else_uses() {
+    let (_directory, mounts, repositories) = repository(&["layers/x"]);
+    repositories.acquire("container", &[&place("layers/gone")]).unwrap_err();
+    assert_eq!(mounts.log(), ["mount a.example.org", "refresh a.example.org", "unmount a.example.org"]);
+
+    repositories.acquire("running", &[&place("layers/x")]).unwrap();
+    repositories.acquire("container", &[&place("layers/gone")]).unwrap_err();
+    assert_eq!(mounts.mounted().len(), 1);
+}
+
+#[test]
 fn links_inside_the_repository_are_followed_and_links_out_of_it_are_not() {
     let (directory, _mounts, repositories) = repository(&["layers/x"]);
     let root = directory.path().join("a.example.org");

@@ -1,6 +1,7 @@
 //! A plugin served in this process, and an engine's side of the protocol written by hand.
 
 #![allow(dead_code, reason = "each test program uses a part")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;

@@ -1,6 +1,7 @@
 //! A throw-away engine whose storage driver is the program as a legacy plugin.
 
 #![allow(dead_code, reason = "each test program uses a part")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
 use std::path::PathBuf;
 use std::process::Command;
