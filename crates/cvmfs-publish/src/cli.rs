@@ -47,6 +47,15 @@ pub(crate) enum Verb {
     Mkfs(Mkfs),
     /// Publish tar archives, directories and deletions as one new revision
     Ingest(Ingest),
+    /// List, add and remove names of revisions
+    #[command(subcommand)]
+    Tag(TagVerb),
+    /// Publish an older revision anew
+    Rollback(Rollback),
+    /// Renew the whitelist, and the manifest's signature after a change of the release key
+    Resign(Resign),
+    /// Show revision, sizes, settings, tags and the expiry of the whitelist
+    Info(Reading),
     /// Verify a whole repository: signatures, every catalog, every object
     Check(Check),
     /// Serve a directory over HTTP for trials (no TLS; first line on standard output: its address; access log as JSON lines on standard error)
@@ -91,10 +100,7 @@ pub(crate) struct Mkfs {
 #[command(group(clap::ArgGroup::new("work").args(["tar", "tree", "delete"]).required(true).multiple(true)))]
 pub(crate) struct Ingest {
     #[command(flatten)]
-    pub(crate) place: Place,
-    /// Directory with FQRN.pub, .key and .crt
-    #[arg(long, value_name = "DIR")]
-    pub(crate) keys: PathBuf,
+    pub(crate) repository: Writing,
     /// Directory in the repository to publish below; made with its parents if missing, otherwise merged
     #[arg(long, value_name = "PATH", required_unless_present = "delete")]
     pub(crate) base: Option<OsString>,
@@ -131,9 +137,6 @@ pub(crate) struct Ingest {
     /// Remove these paths first; each must exist
     #[arg(long, value_name = "PATH", num_args = 1..)]
     pub(crate) delete: Vec<OsString>,
-    /// Seconds to wait for another publisher to finish
-    #[arg(long, default_value_t = cvmfs_publish::DEFAULT_LOCK_WAIT.as_secs(), value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(0..=86400))]
-    pub(crate) lock_wait: u64,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -166,9 +169,10 @@ impl From<SpecialFilesArg> for SpecialFiles {
     }
 }
 
+/// A repository to be read, and the key that it is trusted by.
 #[derive(Debug, Args)]
 #[command(group(clap::ArgGroup::new("trust").args(["keys", "public_key"]).required(true)))]
-pub(crate) struct Check {
+pub(crate) struct Reading {
     #[command(flatten)]
     pub(crate) place: Place,
     /// Directory with FQRN.pub
@@ -177,6 +181,67 @@ pub(crate) struct Check {
     /// File with the public master key
     #[arg(long, value_name = "FILE")]
     pub(crate) public_key: Option<PathBuf>,
+}
+
+/// A repository to be changed.
+#[derive(Debug, Args)]
+pub(crate) struct Writing {
+    #[command(flatten)]
+    pub(crate) place: Place,
+    /// Directory with FQRN.pub, .key and .crt
+    #[arg(long, value_name = "DIR")]
+    pub(crate) keys: PathBuf,
+    /// Seconds to wait for another publisher to finish
+    #[arg(long, default_value_t = cvmfs_publish::DEFAULT_LOCK_WAIT.as_secs(), value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(0..=86400))]
+    pub(crate) lock_wait: u64,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TagVerb {
+    /// List all tags, the newest first
+    List(Reading),
+    /// Name the current revision
+    Add {
+        #[command(flatten)]
+        repository: Writing,
+        /// Name of the tag
+        name: String,
+        /// What it stands for
+        #[arg(long, default_value = "", value_name = "TEXT")]
+        description: String,
+    },
+    /// Remove a tag; its revision goes with the next garbage collection
+    Remove {
+        #[command(flatten)]
+        repository: Writing,
+        /// Name of the tag
+        name: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Rollback {
+    #[command(flatten)]
+    pub(crate) repository: Writing,
+    /// Tag of the revision to return to [default: the revision before the current one]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) tag: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Resign {
+    /// The keys directory must have FQRN.masterkey, too
+    #[command(flatten)]
+    pub(crate) repository: Writing,
+    /// Days for which the new whitelist is valid
+    #[arg(long, default_value_t = cvmfs_publish::DEFAULT_WHITELIST_DAYS, value_name = "DAYS", value_parser = clap::value_parser!(u32).range(1..=36500))]
+    pub(crate) days: u32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Check {
+    #[command(flatten)]
+    pub(crate) repository: Reading,
     /// Check all tagged revisions, too
     #[arg(long)]
     pub(crate) tags: bool,

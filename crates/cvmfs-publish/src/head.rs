@@ -87,6 +87,22 @@ impl Head {
         Ok(Head { manifest, whitelist, certificate })
     }
 
+    /// The manifest if `certificate` signed it, whatever the whitelist says. For renewing the whitelist.
+    pub(crate) fn manifest_signed_by(
+        storage: &dyn Storage,
+        fqrn: &str,
+        certificate: &Certificate,
+    ) -> Result<Manifest, PublishError> {
+        let bad =
+            |error: &dyn std::fmt::Display| PublishError::Trust(format!("{}: {error}", storage::MANIFEST));
+        let file = required_file(storage, storage::MANIFEST)?;
+        let letter = Letter::parse(&file).map_err(|e| bad(&e))?;
+        certificate.verify_manifest(&letter).map_err(|e| bad(&e))?;
+        let manifest = Manifest::parse(letter.text).map_err(|e| bad(&e))?;
+        manifest.require_fqrn(fqrn).map_err(|e| bad(&e))?;
+        Ok(manifest)
+    }
+
     /// The metainfo object, if there is one.
     pub fn metainfo(&self, storage: &dyn Storage) -> Result<Option<Vec<u8>>, PublishError> {
         let load = |hash| load_small(storage, ObjectName::new(hash, ObjectKind::Metainfo), MAX_METAINFO);

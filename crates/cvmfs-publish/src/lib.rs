@@ -9,7 +9,13 @@
 //! |---|---|
 //! | [`storage`] | objects and files of a repository, the publisher's lock |
 //! | [`keys`], [`settings`] | key files; what a repository remembers about publishing |
+//! | [`head`] | the published state and its chain of trust |
 //! | `ingest`, `tree`, `pipeline` | from an input to objects and a tree |
+//! | `workspace`, `apply` | private copies of catalogs, and a tree applied to them |
+//! | `publisher`, `commit` | transactions; from changed catalogs to a signed revision |
+//! | `create`, [`revisions`] | new repositories; tags, rollback, renewing signatures |
+//! | [`mod@check`] | verification of a whole repository |
+//! | [`serve`] | a static HTTP server for trials |
 
 mod apply;
 pub mod check;
@@ -24,6 +30,7 @@ pub mod keys;
 mod path;
 mod pipeline;
 mod publisher;
+pub mod revisions;
 pub mod serve;
 pub mod settings;
 pub mod storage;

@@ -7,8 +7,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use cvmfs_format::signature::MasterKeys;
 use cvmfs_publish::check::{CheckOptions, CheckReport};
 use cvmfs_publish::keys::{KeyFiles, read_public};
+use cvmfs_publish::revisions::{self, Info, TagInfo};
 use cvmfs_publish::serve::Server;
 use cvmfs_publish::{
     Counters, IngestOptions, IngestReport, Interrupt, NewRepository, OpenOptions, PublishError, Publisher,
@@ -16,7 +18,7 @@ use cvmfs_publish::{
 };
 use serde::Serialize;
 
-use crate::cli::{Check, Cli, Ingest, Mkfs, Serve, Verb};
+use crate::cli::{Check, Cli, Ingest, Mkfs, Reading, Resign, Serve, TagVerb, Verb, Writing};
 use crate::progress::Progress;
 use crate::signals;
 
@@ -26,6 +28,18 @@ pub(crate) fn run(cli: Cli) -> Result<bool, PublishError> {
     match cli.verb {
         Verb::Mkfs(arguments) => mkfs(arguments, json)?,
         Verb::Ingest(arguments) => ingest(arguments, json)?,
+        Verb::Tag(TagVerb::List(arguments)) => list_tags(&arguments, json)?,
+        Verb::Tag(TagVerb::Add { repository, name, description }) => {
+            change(&repository, json, |publisher| publisher.add_tag(&name, &description))?;
+        }
+        Verb::Tag(TagVerb::Remove { repository, name }) => {
+            change(&repository, json, |publisher| publisher.remove_tag(&name))?;
+        }
+        Verb::Rollback(arguments) => {
+            change(&arguments.repository, json, |publisher| publisher.rollback(arguments.tag.as_deref()))?;
+        }
+        Verb::Resign(arguments) => resign(&arguments, json)?,
+        Verb::Info(arguments) => info(&arguments, json)?,
         Verb::Check(arguments) => return check(arguments, json),
         Verb::Serve(arguments) => serve(&arguments)?,
     }
@@ -57,14 +71,8 @@ fn ingest(arguments: Ingest, json: bool) -> Result<(), PublishError> {
     let counters = Arc::new(Counters::default());
     let interrupt = Interrupt::default();
     signals::interrupt_on_signal(interrupt.clone())?;
-    let options = OpenOptions {
-        lock_wait: Duration::from_secs(arguments.lock_wait),
-        interrupt,
-        counters: counters.clone(),
-        ..OpenOptions::default()
-    };
-    let mut publisher =
-        Publisher::open_with(&arguments.place.fqrn, &arguments.place.storage, &arguments.keys, options)?;
+    let options = OpenOptions { interrupt, counters: counters.clone(), ..OpenOptions::default() };
+    let mut publisher = open(&arguments.repository, options)?;
     let progress = Progress::start(counters);
     let mut transaction = publisher.begin()?;
     for path in &arguments.delete {
@@ -118,17 +126,116 @@ fn ingest(arguments: Ingest, json: bool) -> Result<(), PublishError> {
     })
 }
 
-fn check(arguments: Check, json: bool) -> Result<bool, PublishError> {
-    let fqrn = &arguments.place.fqrn;
-    let masters = match (&arguments.public_key, &arguments.keys) {
-        (Some(file), _) => read_public(file)?,
-        (None, keys) => KeyFiles::new(keys.as_deref().unwrap_or(Path::new(".")), fqrn).public()?,
+fn open(repository: &Writing, options: OpenOptions) -> Result<Publisher, PublishError> {
+    let options = OpenOptions { lock_wait: Duration::from_secs(repository.lock_wait), ..options };
+    Publisher::open_with(&repository.place.fqrn, &repository.place.storage, &repository.keys, options)
+}
+
+fn masters(repository: &Reading) -> Result<MasterKeys, PublishError> {
+    match (&repository.public_key, &repository.keys) {
+        (Some(file), _) => read_public(file),
+        (None, keys) => {
+            KeyFiles::new(keys.as_deref().unwrap_or(Path::new(".")), &repository.place.fqrn).public()
+        }
+    }
+}
+
+/// Makes a change without content, and shows the revision that is published then.
+fn change(
+    repository: &Writing,
+    json: bool,
+    change: impl FnOnce(&mut Publisher) -> Result<(), PublishError>,
+) -> Result<(), PublishError> {
+    let mut publisher = open(repository, OpenOptions::default())?;
+    change(&mut publisher)?;
+    let manifest = &publisher.head().manifest;
+    let report = serde_json::json!({
+        "fqrn": manifest.fqrn,
+        "revision": manifest.revision,
+        "root_hash": manifest.root_catalog.to_string(),
+    });
+    print(json, &report, || {
+        format!("{}: revision {}, root catalog {}", manifest.fqrn, manifest.revision, manifest.root_catalog)
+    })
+}
+
+fn list_tags(repository: &Reading, json: bool) -> Result<(), PublishError> {
+    let info = read_info(repository)?;
+    print(json, &info.tags, || describe_tags(&info.tags))
+}
+
+fn describe_tags(tags: &[TagInfo]) -> String {
+    let line = |tag: &TagInfo| {
+        let time = readable(tag.timestamp);
+        format!(
+            "{:<24} revision {:>6}  {time}  {}  {}",
+            tag.name, tag.revision, tag.root_hash, tag.description
+        )
     };
+    tags.iter().map(|tag| line(tag).trim_end().to_owned()).collect::<Vec<_>>().join("\n")
+}
+
+fn resign(arguments: &Resign, json: bool) -> Result<(), PublishError> {
+    let repository = &arguments.repository;
+    let wait = Duration::from_secs(repository.lock_wait);
+    let place = &repository.place;
+    let expires = revisions::resign(
+        &place.fqrn,
+        &place.storage,
+        &repository.keys,
+        arguments.days,
+        wait,
+        cvmfs_publish::system_clock,
+    )?;
+    let report = serde_json::json!({ "fqrn": place.fqrn, "whitelist_expires": expires });
+    print(json, &report, || format!("{}: the whitelist is valid until {}", place.fqrn, readable(expires)))
+}
+
+fn read_info(repository: &Reading) -> Result<Info, PublishError> {
+    let storage = storage::open(&repository.place.storage)?;
+    revisions::info(&repository.place.fqrn, &*storage, &masters(repository)?, cvmfs_publish::system_clock())
+}
+
+fn info(repository: &Reading, json: bool) -> Result<(), PublishError> {
+    let info = read_info(repository)?;
+    print(json, &info, || {
+        let validity = if info.whitelist_valid { "valid until" } else { "EXPIRED on" };
+        format!(
+            "{}: revision {}, published {}\nroot catalog {}\n{} entries in {} catalogs, {} bytes of files\n\
+             hash {}, compression {}, deflate {}, TTL {} s, garbage collection {}\nwhitelist {validity} {}\n{}",
+            info.fqrn,
+            info.revision,
+            readable(i64::try_from(info.published).unwrap_or(i64::MAX)),
+            info.root_hash,
+            info.entries,
+            info.catalogs,
+            info.file_bytes,
+            info.hash,
+            info.compression,
+            info.deflate,
+            info.ttl,
+            if info.garbage_collectable { "allowed" } else { "not allowed" },
+            readable(info.whitelist_expires),
+            describe_tags(&info.tags)
+        )
+    })
+}
+
+/// A Unix time for people.
+fn readable(unix: i64) -> String {
+    let text = time::OffsetDateTime::from_unix_timestamp(unix)
+        .ok()
+        .and_then(|time| time.format(&time::format_description::well_known::Rfc3339).ok());
+    text.unwrap_or_else(|| unix.to_string())
+}
+
+fn check(arguments: Check, json: bool) -> Result<bool, PublishError> {
+    let place = &arguments.repository.place;
     let options = CheckOptions {
         tags: arguments.tags,
         contents: !arguments.no_contents,
         unreferenced: !arguments.no_unreferenced,
-        ..CheckOptions::new(fqrn, storage::open(&arguments.place.storage)?, masters)
+        ..CheckOptions::new(&place.fqrn, storage::open(&place.storage)?, masters(&arguments.repository)?)
     };
     let progress = Progress::start(options.counters.clone());
     let report = cvmfs_publish::check::check(&options)?;

@@ -8,6 +8,7 @@ mod check;
 mod crash;
 mod layers;
 mod model;
+mod revisions;
 mod round_trip;
 mod support;
 mod takeover;
