@@ -186,8 +186,11 @@ fn the_verbs_of_the_original_tool_print_what_it_printed() {
         all.extend(arguments);
         run_binary("docker2cvmfs", &all).unwrap().success().unwrap()
     };
-    let manifest: Value = serde_json::from_str(&verb(&["manifest", "test/app:1"])).unwrap();
-    assert_eq!(manifest["layers"][1]["digest"], image.layers[1].digest().as_str(), "{manifest}");
+    // With the names of the original's structures, indented by one blank.
+    let text = verb(&["manifest", "test/app:1"]);
+    assert!(text.starts_with("{\n \"SchemaVersion\": 2"), "{text}");
+    let manifest: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(manifest["Layers"][1]["Digest"], image.layers[1].digest().as_str(), "{manifest}");
     let config: Value = serde_json::from_str(&verb(&["config", "test/app:1"])).unwrap();
     assert_eq!(config["config"], image.config);
     let thin: Value =

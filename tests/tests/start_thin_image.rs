@@ -142,14 +142,14 @@ fn layers_built_on_a_thin_image_work() {
             "run",
             "--network=host",
             "--name",
-            "c",
+            "story",
             &thin,
             "/bin/sh",
             "-c",
             "echo more > /srv/more; rm /srv/name",
         ])
         .unwrap();
-    docker.docker(&["commit", "c", "derived:1"]).unwrap();
+    docker.docker(&["commit", "story", "derived:1"]).unwrap();
     let shown =
         docker.run(&["derived:1", "/bin/sh", "-c", "cat /srv/more /srv/cache/fresh; ls /srv"]).unwrap();
     assert!(shown.starts_with("more\nfresh") && !shown.contains("name"), "{shown}");

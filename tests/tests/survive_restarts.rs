@@ -42,6 +42,14 @@ impl World {
         self.engine.dockerd.docker(arguments).unwrap()
     }
 
+    /// The plugin's first process, and the one that answers the engine.
+    fn plugin_processes(&self) -> (u32, u32) {
+        let found = serve_processes(&self.engine);
+        let (keepers, servers): (Vec<_>, Vec<_>) = found.into_iter().partition(|pid| is_first(*pid));
+        assert_eq!((keepers.len(), servers.len()), (1, 1));
+        (keepers[0], servers[0])
+    }
+
     fn run(&self, image: &str) -> String {
         self.engine.dockerd.run(&[image, "/bin/cat", "/srv/name"]).unwrap()
     }
@@ -50,25 +58,25 @@ impl World {
 #[test]
 fn images_and_containers_work_again_after_the_engine_was_restarted() {
     let mut world = world("restart.example.org");
-    world.docker(&["create", "--network=host", "--name", "c", &world.thin, "/bin/cat", "/srv/name"]);
+    world.docker(&["create", "--network=host", "--name", "story", &world.thin, "/bin/cat", "/srv/name"]);
     assert_eq!(world.run(&world.thin), "thin");
-    assert_eq!(world.docker(&["start", "-a", "c"]), "thin");
+    assert_eq!(world.docker(&["start", "-a", "story"]), "thin");
 
     world.engine.dockerd.restart().unwrap();
-    assert_eq!(world.docker(&["start", "-a", "c"]), "thin");
+    assert_eq!(world.docker(&["start", "-a", "story"]), "thin");
     assert_eq!(world.run(&world.thin), "thin");
     assert_eq!(world.run(&world.normal), "thin");
-    world.docker(&["rm", "c"]);
+    world.docker(&["rm", "story"]);
     world.docker(&["rmi", &world.thin, &world.normal]);
 }
 
 #[test]
 fn images_and_containers_work_again_after_the_engine_was_killed() {
     let mut world = world("killed.example.org");
-    world.docker(&["run", "-d", "--network=host", "--name", "c", &world.thin, "/bin/sleep", "1000"]);
+    world.docker(&["run", "-d", "--network=host", "--name", "story", &world.thin, "/bin/sleep", "1000"]);
     world.engine.dockerd.kill();
     world.engine.dockerd.start().unwrap();
-    world.docker(&["rm", "-f", "c"]);
+    world.docker(&["rm", "-f", "story"]);
     assert_eq!(world.run(&world.thin), "thin");
     assert_eq!(world.run(&world.normal), "thin");
 }
@@ -76,25 +84,42 @@ fn images_and_containers_work_again_after_the_engine_was_killed() {
 #[test]
 fn a_killed_plugin_process_answers_again_without_init_and_containers_go_on() {
     let world = world("plugin.example.org");
-    world.docker(&["run", "-d", "--network=host", "--name", "c", &world.thin, "/bin/sleep", "1000"]);
-    let plugin = main_process(&world.engine);
-    kill(plugin, Signal::KILL);
-    wait_until("the engine starts the plugin again", Duration::from_secs(30), || {
+    world.docker(&["run", "-d", "--network=host", "--name", "story", &world.thin, "/bin/sleep", "1000"]);
+    let (keeper, server) = world.plugin_processes();
+    kill(server, Signal::KILL);
+    wait_until("the server is started again", Duration::from_secs(30), || {
         let found = serve_processes(&world.engine);
-        !found.is_empty() && !found.contains(&plugin)
+        found.len() == 2 && !found.contains(&server) && found.contains(&keeper)
     })
     .unwrap();
 
-    assert_eq!(world.docker(&["exec", "c", "/bin/cat", "/srv/other"]), "read later", "the container goes on");
+    let other = world.docker(&["exec", "story", "/bin/cat", "/srv/other"]);
+    assert_eq!(other, "read later", "the container goes on, also with files that it had not read");
     assert_eq!(world.run(&world.thin), "thin");
     assert_eq!(world.run(&world.normal), "thin");
-    world.docker(&["rm", "-f", "c"]);
+    world.docker(&["rm", "-f", "story"]);
+}
+
+#[test]
+fn a_plugin_whose_processes_were_all_killed_answers_again_without_init() {
+    let world = world("keeper.example.org");
+    assert_eq!(world.run(&world.thin), "thin");
+    let (keeper, _) = world.plugin_processes();
+    // The first process of its name space takes all others with it, those of the mounts too.
+    kill(keeper, Signal::KILL);
+    wait_until("the engine starts the plugin again", Duration::from_secs(30), || {
+        let found = serve_processes(&world.engine);
+        found.len() == 2 && !found.contains(&keeper)
+    })
+    .unwrap();
+    assert_eq!(world.run(&world.thin), "thin");
+    assert_eq!(world.run(&world.normal), "thin");
 }
 
 #[test]
 fn a_stopped_engine_leaves_neither_mounts_nor_processes() {
     let mut world = world("stop.example.org");
-    world.docker(&["run", "-d", "--network=host", "--name", "c", &world.thin, "/bin/sleep", "1000"]);
+    world.docker(&["run", "-d", "--network=host", "--name", "story", &world.thin, "/bin/sleep", "1000"]);
     let mount = world.engine.propagated_mount().unwrap();
     assert!(!testkit::mounts::below(&mount).is_empty());
     let started = Instant::now();
@@ -110,7 +135,7 @@ fn a_stopped_engine_leaves_neither_mounts_nor_processes() {
     assert!(world.repository.origin.requests().len() > 3);
 }
 
-/// The processes that run `cvmfs-graphdriver serve`, without those that serve mounts.
+/// The two processes that run `cvmfs-graphdriver serve`, without those that serve mounts.
 fn serve_processes(engine: &ThinEngine) -> Vec<u32> {
     let serves = |pid: &u32| {
         std::fs::read(format!("/proc/{pid}/cmdline"))
@@ -119,8 +144,8 @@ fn serve_processes(engine: &ThinEngine) -> Vec<u32> {
     managed_plugin::processes(&engine.dockerd).into_iter().filter(serves).collect()
 }
 
-fn main_process(engine: &ThinEngine) -> u32 {
-    let found = serve_processes(engine);
-    assert_eq!(found.len(), 1, "{found:?}");
-    found[0]
+/// Whether a process is the first of its process name space.
+fn is_first(pid: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    status.lines().any(|line| line.starts_with("NSpid:") && line.split_whitespace().last() == Some("1"))
 }

@@ -198,7 +198,9 @@ impl Dockerd {
         for pid in self.containerd() {
             crate::process::kill(pid, rustix::process::Signal::KILL);
         }
+        // A pid that is still there, be it as a zombie, makes the next start wait for a socket in vain.
         let _ = std::fs::remove_file(self.pid_file());
+        let _ = std::fs::remove_file(self.runtime.path().join("exec/containerd/containerd.pid"));
     }
 
     /// Starts a stopped engine on the same data root and waits until it answers.

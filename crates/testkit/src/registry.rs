@@ -120,7 +120,7 @@ fn start_at(directory: &Path, port: u16) -> Result<(String, Service)> {
     // JSON is YAML.
     let config = json!({
         "version": "0.1",
-        "log": {"level": "info"},
+        "log": {"level": "warn", "accesslog": {"disabled": false}},
         "storage": {"filesystem": {"rootdirectory": directory.join("data")}, "delete": {"enabled": true}},
         "http": {"addr": address},
     });
