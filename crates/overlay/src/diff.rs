@@ -57,7 +57,7 @@ pub enum DiffError {
     },
     /// The layer refers to content of the layers below, so alone it is not complete.
     #[error(
-        "'{path}' has the attribute '{attribute}': the layer was mounted with redirect_dir or metacopy and is no complete diff; compare the merged trees instead"
+        "'{path}' has overlayfs's attribute '{attribute}': the layer was mounted with redirect_dir or metacopy and is no complete diff; compare the merged trees instead"
     )]
     Incomplete {
         /// Where it is, escaped.

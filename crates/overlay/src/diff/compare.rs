@@ -5,6 +5,7 @@ use crate::marks::is_whiteout;
 use crate::tree::{Cursor, DIRECTORY, Node, TreeError, kind, lengthen, shorten};
 use rustix::fd::{AsFd, BorrowedFd};
 use rustix::fs::{FileType, Mode, OFlags, Stat, openat, readlinkat};
+use rustix::io::Errno;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
@@ -110,7 +111,11 @@ impl Sides {
         let list = |cursor: &Cursor| -> rustix::io::Result<Vec<(Vec<u8>, Stat)>> {
             let mut found = Vec::new();
             for name in cursor.names()? {
-                let stat = cursor.stat(&name)?;
+                let stat = match cursor.stat(&name) {
+                    // Overlayfs lists a whiteout of nothing, and denies it when asked.
+                    Err(Errno::NOENT) => continue,
+                    stat => stat?,
+                };
                 if !is_whiteout(&stat) && kind(&stat) != FileType::Socket {
                     found.push((name, stat));
                 }
