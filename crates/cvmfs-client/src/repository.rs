@@ -17,7 +17,11 @@ use crate::trust;
 /// Older snapshots that stay readable for files and directories opened before an update.
 pub const MAX_OLDER_SNAPSHOTS: usize = 8;
 
-/// Time to reach a server, verify the chain of trust and load the root catalog at mount.
+/// Time to reach a server and verify the chain of trust at mount: three small files. Shorter
+/// than a mount may take, so that servers that hang leave time for the last good revision.
+pub const VERIFY_DEADLINE: Duration = Duration::from_secs(12);
+
+/// Time to load the root catalog at mount.
 pub const OPEN_DEADLINE: Duration = Duration::from_secs(30);
 
 /// A repository followed by this process.
@@ -67,20 +71,23 @@ pub struct RepositoryStatus {
 }
 
 impl Repository {
-    /// Verifies the newest revision a server offers and pins it.
+    /// Verifies the newest revision a server offers and pins it; the last good one if that
+    /// is not possible and its root catalog is cached.
     ///
     /// # Errors
-    /// If no server answers, the chain of trust is broken, or the root catalog is not readable.
+    /// If neither is possible: no server answers, the chain of trust is broken, or the root
+    /// catalog is not readable.
     pub fn open(settings: ClientSettings, clock: Arc<dyn Clock>) -> Result<Repository, ClientError> {
         let store = ObjectStore::open(&settings)?;
-        let deadline = Deadline::after(OPEN_DEADLINE);
-        let trusted = trust::verify(&store, &settings, clock.as_ref(), deadline)?;
+        let deadline = Deadline::after(VERIFY_DEADLINE);
+        let trusted = trust::verify_or_last_good(&store, &settings, clock.as_ref(), deadline)?;
         let pin = pin_of(&trusted.manifest);
+        let deadline = Deadline::after(OPEN_DEADLINE);
         let snapshot = Arc::new(Snapshot::pin(&settings.fqrn, &store, pin, None, deadline)?);
         let state = State {
             snapshot,
             ttl: Duration::from_secs(u64::from(trusted.manifest.ttl)),
-            whitelist_expires: Some(trusted.whitelist_expires),
+            whitelist_expires: (!trusted.offline).then_some(trusted.whitelist_expires),
             last_error: None,
             online: !trusted.offline,
         };

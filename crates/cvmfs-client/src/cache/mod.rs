@@ -100,6 +100,12 @@ pub struct CacheUsage {
 #[derive(Debug, Clone)]
 pub struct Cache(Arc<Shared>);
 
+impl AsRef<space::Space> for Cache {
+    fn as_ref(&self) -> &space::Space {
+        &self.0.space
+    }
+}
+
 #[derive(Debug)]
 struct Shared {
     directory: PathBuf,
@@ -201,10 +207,17 @@ impl Cache {
     pub(crate) fn charge(&self, bytes: u64) -> bool {
         match self.0.space.reserve(bytes) {
             Ok(_reservation) => {
-                self.0.space.add(bytes);
+                self.stored(bytes);
                 true
             }
             Err(space::NoRoom) => false,
+        }
+    }
+
+    /// Counts bytes that were stored.
+    fn stored(&self, bytes: u64) {
+        if self.0.space.add(bytes) {
+            space::Space::evict_early(self.clone());
         }
     }
 

@@ -11,7 +11,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, TryLockError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -31,6 +31,8 @@ const EVICTION_PATIENCE: Duration = Duration::from_secs(5);
 const RECORD_PATIENCE: Duration = Duration::from_secs(1);
 /// Eviction ends when the cache is filled to this share of the limit, so that it does not run for each object.
 const LOW_WATER_PERCENT: u64 = 75;
+/// Eviction begins in the background when the cache is filled to this share.
+const HIGH_WATER_PERCENT: u64 = 90;
 /// Free space of the partition that is left to others: 5 %, at most 1 GiB.
 const RESERVE_PERCENT: u64 = 5;
 const MAX_RESERVE: u64 = 1 << 30;
@@ -48,6 +50,8 @@ pub(super) struct Space {
     evictions: AtomicU64,
     /// File locks exclude processes, this excludes the threads of this one.
     evicting: Mutex<()>,
+    /// An eviction ahead of need is under way.
+    early: AtomicBool,
 }
 
 /// What a scan or an eviction found.
@@ -65,6 +69,7 @@ impl Space {
             in_flight: AtomicU64::new(0),
             evictions: AtomicU64::new(0),
             evicting: Mutex::new(()),
+            early: AtomicBool::new(false),
         }
     }
 
@@ -103,9 +108,22 @@ impl Space {
         });
     }
 
-    /// Files now take `bytes` more.
-    pub(super) fn add(&self, bytes: u64) {
-        self.record(|record| record.used = record.used.saturating_add(bytes));
+    /// Files now take `bytes` more. True if the cache fills up and should be evicted before somebody has to wait.
+    pub(super) fn add(&self, bytes: u64) -> bool {
+        let record = self.record(|record| record.used = record.used.saturating_add(bytes));
+        record.is_some_and(|record| record.used > self.limit / 100 * HIGH_WATER_PERCENT)
+    }
+
+    /// Evicts on a thread of its own, unless this process does so already.
+    pub(super) fn evict_early(this: impl AsRef<Self> + Send + 'static) {
+        if this.as_ref().early.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        // Without a thread the eviction is done by whoever needs the room.
+        let _ = std::thread::Builder::new().name("cvmfs-evict".to_owned()).spawn(move || {
+            this.as_ref().try_evict(0);
+            this.as_ref().early.store(false, Ordering::SeqCst);
+        });
     }
 
     /// Files now take `bytes` less.
@@ -175,6 +193,7 @@ impl Space {
 
     fn evict(&self, least: u64) {
         let started = Instant::now();
+        let before = self.used();
         // Two passes keep the memory small: 8 bytes for each file first, to find the age limit, names afterwards.
         let mut ages: Vec<(u32, u32)> = Vec::new();
         let mut found = Tally::default();
@@ -205,7 +224,9 @@ impl Space {
         });
         self.evictions.fetch_add(removed.files, Ordering::Relaxed);
         self.record(|record| {
-            record.used = found.bytes.saturating_sub(removed.bytes);
+            // Files that were stored meanwhile may count twice, but none is left out: the limit must hold.
+            let meanwhile = record.used.saturating_sub(before);
+            record.used = found.bytes.saturating_sub(removed.bytes) + meanwhile;
             record.mark_scanned();
         });
         tracing::info!(

@@ -85,7 +85,7 @@ impl Txn {
         let path = self.path.take();
         if let Some(path) = path {
             match std::fs::rename(&path, self.cache.path(name)) {
-                Ok(()) => self.cache.0.space.add(space::charge(size)),
+                Ok(()) => self.cache.stored(space::charge(size)),
                 // The cache directory was removed under us: the file is whole, it is only not kept.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => self.cache.restore_layout(),
                 Err(error) if is_full(&error) => drop(std::fs::remove_file(&path)),

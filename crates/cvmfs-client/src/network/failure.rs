@@ -136,9 +136,9 @@ pub enum Cause {
     /// The proxy itself answered with this status.
     #[error("HTTP status {0} from the proxy")]
     ProxyStatus(u16),
-    /// A redirect that must not be followed.
-    #[error("redirected, and redirects are not followed (CVMFS_FOLLOW_REDIRECTS)")]
-    Redirect,
+    /// A redirect that is not followed.
+    #[error("redirect is not followed: {0}")]
+    Redirect(String),
     /// The body is not what was expected.
     #[error("{0}")]
     Corrupt(String),
@@ -156,7 +156,7 @@ impl Cause {
     pub(super) fn blame(&self, proxied: bool) -> Blame {
         match self {
             Self::Status(status) if is_host_status(*status) => Blame::Host,
-            Self::Redirect | Self::Certificate(_) | Self::Corrupt(_) => Blame::Host,
+            Self::Redirect(_) | Self::Certificate(_) | Self::Corrupt(_) => Blame::Host,
             _ if proxied => Blame::Proxy,
             _ => Blame::Host,
         }

@@ -12,13 +12,14 @@
 
 mod client;
 mod failure;
+mod journey;
 mod routes;
 mod transfer;
 
 use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde::Serialize;
 use tokio::runtime::{Handle, Runtime};
@@ -29,7 +30,7 @@ pub use transfer::{Sink, SinkError};
 
 use crate::config::{ClientSettings, Proxy};
 use crate::deadline::{Deadline, Leave, Patience};
-use failure::Blame;
+use journey::{Journey, Policy, Step};
 use routes::{Route, Routes};
 use transfer::{Attempt, AttemptError};
 
@@ -37,8 +38,6 @@ use transfer::{Attempt, AttemptError};
 const MAX_CONNECTIONS: usize = 16;
 /// Threads of the runtime: they only move bytes between sockets and waiting threads.
 const RUNTIME_THREADS: usize = 2;
-/// Attempts for one request whatever hosts, proxies and retries would allow.
-const MAX_ATTEMPTS: u32 = 64;
 
 /// Why a fetcher cannot be set up.
 #[derive(Debug, thiserror::Error)]
@@ -119,16 +118,6 @@ struct Shared {
     errors: AtomicU64,
     fail_overs: AtomicU64,
     last: Mutex<(bool, Option<String>)>,
-}
-
-#[derive(Debug)]
-struct Policy {
-    timeout: Duration,
-    timeout_direct: Duration,
-    low_speed_limit: u64,
-    max_retries: u32,
-    backoff_init: Duration,
-    backoff_max: Duration,
 }
 
 impl Drop for Shared {
@@ -300,7 +289,7 @@ impl Fetcher {
         deadline: Deadline,
     ) -> Result<(), FetchError> {
         let shared = &*self.0;
-        let mut journey = Journey::start(shared, Instant::now());
+        let mut journey = Journey::start(&shared.routes, Instant::now());
         loop {
             let route = journey.route;
             let outcome = match tokio::time::timeout_at(
@@ -314,7 +303,7 @@ impl Fetcher {
             };
             let (cause, retry_after) = match outcome {
                 Ok(()) => {
-                    journey.succeeded(shared, Instant::now());
+                    journey.succeeded(&shared.routes, Instant::now());
                     self.remember(true, None);
                     return Ok(());
                 }
@@ -332,7 +321,7 @@ impl Fetcher {
             shared.errors.fetch_add(1, Ordering::Relaxed);
             let place = self.place(route);
             tracing::debug!(object = request.object, host = place.host, proxy = place.proxy, %cause, "attempt failed");
-            match journey.next_step(shared, &cause, retry_after, Instant::now()) {
+            match journey.next_step(&shared.routes, &shared.policy, &cause, retry_after, Instant::now()) {
                 Step::GiveUp => {
                     let error = journey.failure(&request.object, place, cause);
                     self.remember(false, Some(error.to_string()));
@@ -421,154 +410,6 @@ struct Received<'a> {
 impl Drop for Received<'_> {
     fn drop(&mut self) {
         self.total.fetch_add(self.bytes, Ordering::Relaxed);
-    }
-}
-
-/// The attempts of one request.
-struct Journey {
-    route: Route,
-    no_cache: bool,
-    attempts: u32,
-    /// Hosts tried with the present round of proxies.
-    hosts: usize,
-    first_host: usize,
-    proxies: Vec<usize>,
-    retries: u32,
-    /// A connection that was closed before an answer is nobody's fault once: it was kept alive too long.
-    closed_forgiven: bool,
-    /// Whether every answer so far was "not found".
-    only_absent: bool,
-    last: Option<Cause>,
-}
-
-enum Step {
-    Again(Duration),
-    GiveUp,
-}
-
-impl Journey {
-    fn start(shared: &Shared, now: Instant) -> Self {
-        let route = shared.routes.current(now);
-        Self {
-            route,
-            no_cache: false,
-            attempts: 0,
-            hosts: 1,
-            first_host: route.host,
-            proxies: vec![route.client],
-            retries: 0,
-            closed_forgiven: false,
-            only_absent: true,
-            last: None,
-        }
-    }
-
-    fn succeeded(&self, shared: &Shared, now: Instant) {
-        if self.route.host != self.first_host {
-            shared.routes.host_proved_better(self.route.host, self.first_host, now);
-        }
-    }
-
-    /// Decides after a failed attempt (client behaviour §6.3). Deviations from the C++ client, where its users
-    /// complain: an unreachable way is not repeated while there is another one; a missing or damaged object changes
-    /// the host for this request only, until the other one has proved better; a slow proxy is not burned.
-    fn next_step(
-        &mut self,
-        shared: &Shared,
-        cause: &Cause,
-        retry_after: Option<Duration>,
-        now: Instant,
-    ) -> Step {
-        let policy = &shared.policy;
-        self.attempts += 1;
-        self.only_absent &= matches!(cause, Cause::Status(404 | 410));
-        if self.attempts >= MAX_ATTEMPTS {
-            return Step::GiveUp;
-        }
-        if matches!(cause, Cause::Corrupt(_)) && !self.no_cache {
-            self.no_cache = true;
-            return Step::Again(Duration::ZERO);
-        }
-        if matches!(cause, Cause::Closed(_)) && !self.closed_forgiven {
-            self.closed_forgiven = true;
-            return Step::Again(Duration::ZERO);
-        }
-        let may_repeat = cause.is_transfer() && !self.no_cache && self.retries < policy.max_retries;
-        // A cut transfer is likely to succeed on the way it came; a way that cannot be reached is not.
-        if may_repeat && matches!(cause, Cause::Cut(_)) {
-            self.retries += 1;
-            return Step::Again(Duration::ZERO);
-        }
-        if self.move_on(shared, cause, now) {
-            self.no_cache = false;
-            return Step::Again(Duration::ZERO);
-        }
-        if may_repeat {
-            self.retries += 1;
-            let doubled = policy.backoff_init.saturating_mul(1 << (self.retries - 1).min(16));
-            let limit = u64::try_from(doubled.min(policy.backoff_max).as_millis()).unwrap_or(u64::MAX);
-            let pause = Duration::from_millis(routes::random_below(limit.max(1)));
-            return Step::Again(retry_after.map_or(pause, |asked| asked.min(policy.backoff_max)));
-        }
-        Step::GiveUp
-    }
-
-    /// Changes the route if there is one that was not tried.
-    fn move_on(&mut self, shared: &Shared, cause: &Cause, now: Instant) -> bool {
-        let routes = &shared.routes;
-        let proxied = !routes.is_direct(self.route.client);
-        match cause.blame(proxied) {
-            Blame::Host => self.next_host(routes, cause, now),
-            Blame::Proxy => {
-                let slow = matches!(cause, Cause::TooSlow { .. });
-                if slow {
-                    if let Some(other) = routes.proxy_slow(self.route.client, &self.proxies, now) {
-                        self.take_proxy(other);
-                        return true;
-                    }
-                } else if self.proxies.len() < routes.proxies() {
-                    let other = routes.proxy_failed(self.route.client, now);
-                    self.take_proxy(other);
-                    return true;
-                }
-                if self.hosts < routes.hosts() {
-                    if !slow {
-                        self.proxies.clear();
-                        let first = routes.reset_proxies(now);
-                        self.take_proxy(first);
-                    }
-                    return self.next_host(routes, cause, now);
-                }
-                false
-            }
-        }
-    }
-
-    fn next_host(&mut self, routes: &Routes, cause: &Cause, now: Instant) -> bool {
-        if self.hosts >= routes.hosts() {
-            return false;
-        }
-        // A host that lacks one object, or has a damaged one, may serve all others.
-        if !matches!(cause, Cause::Status(404 | 410) | Cause::Corrupt(_)) {
-            routes.host_failed(self.route.host, now);
-        }
-        self.hosts += 1;
-        self.route.host = (self.route.host + 1) % routes.hosts();
-        true
-    }
-
-    fn take_proxy(&mut self, client: usize) {
-        self.proxies.push(client);
-        self.route.client = client;
-    }
-
-    fn failure(&self, object: &str, place: Box<Place>, cause: Cause) -> FetchError {
-        let object = object.to_owned();
-        match cause {
-            Cause::Corrupt(reason) => FetchError::Corrupt { object, place, reason },
-            _ if self.only_absent => FetchError::NotFound { object, place },
-            cause => FetchError::Network { object, place, cause, attempts: self.attempts },
-        }
     }
 }
 

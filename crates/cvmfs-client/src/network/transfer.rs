@@ -186,7 +186,7 @@ impl Window {
 fn request_cause(error: &reqwest::Error) -> Cause {
     let text = describe(error);
     if error.is_redirect() {
-        return Cause::Redirect;
+        return Cause::Redirect(text);
     }
     if text.contains("certificate") || text.contains("TLS") {
         return Cause::Certificate(text);
@@ -199,7 +199,7 @@ fn request_cause(error: &reqwest::Error) -> Cause {
 
 fn status_cause(status: u16, headers: &HeaderMap, proxied: bool) -> Cause {
     if (300..400).contains(&status) {
-        return Cause::Redirect;
+        return Cause::Redirect(format!("HTTP status {status} (CVMFS_FOLLOW_REDIRECTS)"));
     }
     // The proxy says itself that the error is its own.
     let proxy_status = headers.get("proxy-status").and_then(|value| value.to_str().ok());

@@ -107,7 +107,7 @@ impl Part {
                 Ok(1) if byte == [1] => self.mark(chunk),
                 // The map was cut off: that is done to complete files only.
                 Ok(0) if self.file.metadata().is_ok_and(|metadata| metadata.len() == self.size) => {
-                    self.mark_all()
+                    self.mark_all();
                 }
                 _ => {}
             }
