@@ -87,3 +87,15 @@ fn a_server_that_is_away_is_named_and_the_exit_code_is_4() {
     assert!(text.contains("127.0.0.1:9"), "{text}");
     assert!(fs::read_dir(&prepared.0.mountpoint).unwrap().next().is_none(), "nothing is mounted");
 }
+
+#[test]
+fn a_repository_that_was_mounted_before_mounts_again_without_a_server() {
+    let prepared = Prepared::new("basic-sha1");
+    assert!(prepared.mount("").status.success());
+    let content = fs::read(prepared.0.mountpoint.join("sizes/rnd100001")).unwrap();
+    assert!(client(&["umount", prepared.0.mountpoint.to_str().unwrap()]).status.success());
+    let output = prepared.mount("CVMFS_SERVER_URL=http://127.0.0.1:9/away,CVMFS_MAX_RETRIES=0");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(prepared.0.status()["online"], false);
+    assert!(fs::read(prepared.0.mountpoint.join("sizes/rnd100001")).unwrap() == content);
+}
