@@ -67,6 +67,8 @@ pub struct Content<'a, R> {
     range: usize,
 }
 
+const BUFFER: u64 = 64 * 1024;
+
 impl<'a, R: Read> Content<'a, R> {
     pub(crate) fn new(stream: &'a mut Stream<R>, map: DataMap) -> Self {
         Content { stream, map, position: 0, range: 0 }
@@ -85,7 +87,9 @@ impl<'a, R: Read> Content<'a, R> {
     /// Hands every stored byte with its place in the file to `take`, ascending and without the holes, for
     /// whoever can leave holes in a file. Must be called before anything was read.
     pub fn visit_data(mut self, mut take: impl FnMut(u64, &[u8]) -> io::Result<()>) -> io::Result<()> {
-        let mut buffer = vec![0; 64 * 1024];
+        // Most files are small, and clearing a buffer costs.
+        let largest = self.map.ranges.iter().map(|range| range.length).max().unwrap_or(0);
+        let mut buffer = vec![0; largest.min(BUFFER) as usize];
         for index in 0..self.map.ranges.len() {
             let DataRange { offset, length } = self.map.ranges[index];
             self.position = offset;

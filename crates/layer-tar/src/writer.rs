@@ -101,6 +101,7 @@ pub enum WriteError {
 }
 
 const BLOCK: usize = 512;
+const BUFFER: u64 = 64 * 1024;
 /// Highest number in a 7-digit octal field (owner, device).
 const MAX_OCTAL_7: u64 = 0o7_777_777;
 /// Highest number in an 11-digit octal field (size, time).
@@ -160,7 +161,7 @@ impl<W: Write> LayerWriter<W> {
         self.broken = true;
         let entry = || shown(meta.path.as_bytes());
         let mut content = content.take(size);
-        let mut buffer = vec![0; 64 * 1024];
+        let mut buffer = vec![0; size.clamp(1, BUFFER) as usize];
         let mut found = 0u64;
         loop {
             let count = match content.read(&mut buffer) {

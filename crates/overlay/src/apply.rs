@@ -64,6 +64,10 @@ pub struct Applied {
 /// How many names of the root are reported: enough to recognise a layer that consists of a descriptor.
 pub const ROOT_ENTRIES: usize = 64;
 
+/// Bytes of directory names that are remembered until their times are set: the largest layers of the field need
+/// a tenth of it, and a small compressed archive of long names could ask for any amount.
+const MAX_DIRECTORY_NAMES: usize = 256 * 1024 * 1024;
+
 /// Why a layer could not be written.
 #[derive(Debug, Error)]
 #[non_exhaustive]
@@ -101,6 +105,14 @@ pub enum ApplyError {
         /// Which owner.
         #[source]
         source: Unmapped,
+    },
+    /// More directories than can be remembered.
+    #[error(
+        "entry '{entry}' is refused: the names of the layer's directories take more than {MAX_DIRECTORY_NAMES} bytes"
+    )]
+    TooManyDirectories {
+        /// The entry's path.
+        entry: LayerPath,
     },
     /// The file system refused.
     #[error("entry '{entry}': cannot {action}")]
@@ -150,6 +162,8 @@ struct Layer<'a> {
     options: &'a ApplyOptions,
     /// Times of directories, set at the end because what is made in a directory changes its time.
     directories: BTreeMap<LayerPath, Timestamp>,
+    /// Bytes of their names.
+    directory_names: usize,
 }
 
 /// Where an entry goes, and what its messages say.
@@ -173,7 +187,7 @@ impl<'a> Layer<'a> {
         let (uid, gid) =
             options.ids.to_host(0, 0).map_err(|source| ApplyError::Owner { entry: root, source })?;
         let resolver = Resolver::open(target, (Uid::from_raw(uid), Gid::from_raw(gid)), options.opaque)?;
-        Ok(Layer { resolver, options, directories: BTreeMap::new() })
+        Ok(Layer { resolver, options, directories: BTreeMap::new(), directory_names: 0 })
     }
 
     fn add(&mut self, entry: LayerEntry<'_, impl Read>) -> Result<Added, ApplyError> {
@@ -204,7 +218,7 @@ impl<'a> Layer<'a> {
             (EntryKind::Directory, _) => {
                 self.make_directory(&place)?;
                 owned.write(&place)?;
-                self.directories.insert(path.clone(), entry.mtime);
+                self.remember(&path, entry.mtime)?;
             }
             (EntryKind::File { .. }, _) => self.make_file(&place, entry, &owned)?,
             (EntryKind::Symlink(target), _) => {
@@ -347,6 +361,16 @@ impl<'a> Layer<'a> {
         let link =
             |place: &Place<'_>| linkat(&parent, target.name(), place.parent, place.name, AtFlags::empty());
         self.make(place, "make the hard link", link)
+    }
+
+    fn remember(&mut self, directory: &LayerPath, mtime: Timestamp) -> Result<(), ApplyError> {
+        if self.directories.insert(directory.clone(), mtime).is_none() {
+            self.directory_names += directory.as_bytes().len();
+        }
+        if self.directory_names > MAX_DIRECTORY_NAMES {
+            return Err(ApplyError::TooManyDirectories { entry: directory.clone() });
+        }
+        Ok(())
     }
 
     fn finish_directories(&mut self) -> Result<(), ApplyError> {

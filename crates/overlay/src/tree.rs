@@ -248,7 +248,7 @@ fn empty(mut cursor: Cursor, path: &mut Vec<u8>) -> Result<(), TreeError> {
                     lengthen(path, &name);
                     cursor
                         .enter_with(|directory| open_on_same_mount(directory, &name))
-                        .map_err(|error| TreeError::new("open directory", path, error))?;
+                        .map_err(|error| not_emptied(path, error))?;
                     let names = list(&cursor, path)?;
                     frames.push((name, names));
                 }
@@ -267,6 +267,15 @@ fn empty(mut cursor: Cursor, path: &mut Vec<u8>) -> Result<(), TreeError> {
         }
     }
     Ok(())
+}
+
+fn not_emptied(path: &[u8], error: Errno) -> TreeError {
+    let action = if error == Errno::XDEV {
+        "empty the directory on which something is mounted,"
+    } else {
+        "open directory"
+    };
+    TreeError::new(action, path, error)
 }
 
 /// Opens a directory to empty it, unless something is mounted on it: a leaked mount must not lose its content.
@@ -339,7 +348,7 @@ mod tests {
         rustix::mount::mount_bind(&precious, root.join("a/merged")).unwrap();
         let error = remove(&root).unwrap_err();
         rustix::mount::unmount(root.join("a/merged"), rustix::mount::UnmountFlags::empty()).unwrap();
-        assert!(error.path.ends_with("root/a/merged"), "{error}");
+        assert!(error.path.ends_with("root/a/merged") && error.to_string().contains("is mounted"), "{error}");
         assert!(precious.join("file").exists());
         remove(&root).unwrap();
     }

@@ -332,3 +332,22 @@ fn attributes_of_the_host_stay_out_of_layers() {
     assert_eq!(sh(scratch.path(), "getfattr -d -m - f | grep ="), "user.kept=\"k\"\n");
     assert!(listing(scratch.path()).contains("user.kept"));
 }
+
+#[test]
+fn a_piece_of_a_real_system_is_written_as_gnu_tar_writes_it() {
+    let scratch = scratch();
+    sh(
+        scratch.path(),
+        "mkdir ours theirs; tar -cf a.tar --sort=name --format=posix --exclude='*.lock' -C / etc usr/sbin 2>/dev/null; \
+         tar --numeric-owner -xpf a.tar -C theirs",
+    );
+    let archive = fs::File::open(scratch.path().join("a.tar")).unwrap();
+    let applied = apply(archive, &scratch.path().join("ours"), &ApplyOptions::default()).unwrap();
+    assert!(applied.entries > 100);
+    let strip_usr = |listing: String| -> Vec<String> {
+        // The parent that is not in the archive has the time of its making.
+        listing.lines().filter(|line| !line.starts_with("usr|")).map(str::to_owned).collect()
+    };
+    let (ours, theirs) = (listing(&scratch.path().join("ours")), listing(&scratch.path().join("theirs")));
+    assert_eq!(strip_usr(ours), strip_usr(theirs));
+}
