@@ -1,7 +1,7 @@
 //! The tree as the mount presents it: nodes, children and listings of a repository,
 //! through the layer view if it is on. Knows no FUSE replies.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -59,6 +59,8 @@ pub(crate) struct Listing {
 pub(crate) struct View {
     repository: Repository,
     layer_view: bool,
+    /// The configuration, whose values variant symbolic links may name.
+    parameters: HashMap<Vec<u8>, Vec<u8>>,
     nodes: NodeTable,
     state: Arc<SharedState>,
     recorded: Mutex<HashSet<(Box<[u8]>, cvmfs_format::ContentHash)>>,
@@ -67,10 +69,16 @@ pub(crate) struct View {
 }
 
 impl View {
-    pub(crate) fn new(repository: Repository, layer_view: bool, state: Arc<SharedState>) -> View {
+    pub(crate) fn new(
+        repository: Repository,
+        layer_view: bool,
+        parameters: HashMap<Vec<u8>, Vec<u8>>,
+        state: Arc<SharedState>,
+    ) -> View {
         View {
             repository,
             layer_view,
+            parameters,
             nodes: NodeTable::default(),
             state,
             recorded: Mutex::default(),
@@ -234,11 +242,13 @@ impl View {
         })
     }
 
-    /// The target of a symbolic link, variables expanded from this process' environment.
+    /// The target of a symbolic link, variables expanded from this process' environment and
+    /// the configuration.
     pub(crate) fn link_target(&self, node: &Node) -> Vec<u8> {
         cvmfs_client::variant::expand(&node.located.entry.symlink, &|name| {
             use std::os::unix::ffi::{OsStrExt, OsStringExt};
-            std::env::var_os(std::ffi::OsStr::from_bytes(name)).map(OsStringExt::into_vec)
+            let environment = std::env::var_os(std::ffi::OsStr::from_bytes(name)).map(OsStringExt::into_vec);
+            environment.or_else(|| self.parameters.get(name).cloned())
         })
     }
 

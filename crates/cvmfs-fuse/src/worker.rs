@@ -1,6 +1,7 @@
 //! The worker: opens the repository, takes the connection over from its predecessor (or
 //! completes the kernel's handshake as the first one) and serves until the mount is gone.
 
+use std::collections::HashMap;
 use std::io::{self, BufRead};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
@@ -81,7 +82,7 @@ fn serve() -> Result<(), Failure> {
     let request: MountRequest = serde_json::from_str(&line).map_err(io::Error::from)?;
     log_file::start(&request)?;
     let state = Arc::new(SharedState::map(memory.as_fd())?);
-    let (settings, options) = load_settings(&request)?;
+    let (settings, options, parameters) = load_settings(&request)?;
     let repository = match state.pin() {
         Some(pin) if state.is_answered() => {
             tracing::warn!(workers = state.workers(), "taking over from a worker that died");
@@ -102,7 +103,7 @@ fn serve() -> Result<(), Failure> {
     state.count_worker();
     let handles = Handles::restore(state.clone(), device.try_clone()?);
     let content = Content::new(repository.store().clone(), handles);
-    let view = View::new(repository, request.layer_view, state.clone());
+    let view = View::new(repository, request.layer_view, parameters, state.clone());
     view.attach_again();
     let mount = Arc::new(Mount::new(view, content, options, state));
     let session = connect(&mount, &device)?;
@@ -138,7 +139,9 @@ fn inherited_descriptors() -> Result<(OwnedFd, OwnedFd), Failure> {
     }
 }
 
-fn load_settings(request: &MountRequest) -> Result<(ClientSettings, Options), Failure> {
+fn load_settings(
+    request: &MountRequest,
+) -> Result<(ClientSettings, Options, HashMap<Vec<u8>, Vec<u8>>), Failure> {
     let config = Config::load(&request.fqrn, &request.sources).map_err(ClientError::from)?;
     let settings = ClientSettings::from(&config).map_err(ClientError::from)?;
     let visibility = config.get("CVMFS_MAGIC_XATTRS_VISIBILITY").map(|setting| setting.value.as_str());
@@ -149,7 +152,11 @@ fn load_settings(request: &MountRequest) -> Result<(ClientSettings, Options), Fa
         _ => Visibility::RootOnly,
     };
     let kernel_cache = settings.kcache_timeout;
-    Ok((settings, Options { kernel_cache, magic }))
+    let parameters = config
+        .iter()
+        .map(|(key, setting)| (key.as_bytes().to_vec(), setting.value.clone().into_bytes()))
+        .collect();
+    Ok((settings, Options { kernel_cache, magic }, parameters))
 }
 
 /// Shakes hands with the kernel, or with the record of the first handshake.
