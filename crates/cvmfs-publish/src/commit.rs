@@ -146,7 +146,7 @@ impl<'a> Signer<'a> {
         change_history(&mut history).map_err(|e| in_history(&e))?;
         history.finish(manifest.history).map_err(|e| in_history(&e))?;
         let (history, _) = self.store_file(ObjectKind::History, &history_file)?;
-        let certificate = self.store(ObjectKind::Certificate, self.keys.certificate_pem.clone())?;
+        let certificate = self.store(ObjectKind::Certificate, &self.keys.certificate_pem)?;
         manifest.history = Some(history.hash);
         manifest.certificate = Some(certificate.hash);
         manifest.fqrn = self.fqrn.to_owned();
@@ -185,7 +185,7 @@ impl<'a> Signer<'a> {
     }
 
     /// Stores a small zlib object.
-    pub(crate) fn store(&self, kind: ObjectKind, plain: Vec<u8>) -> Result<ObjectName, PublishError> {
+    pub(crate) fn store(&self, kind: ObjectKind, plain: &[u8]) -> Result<ObjectName, PublishError> {
         let encoding =
             Encoding { algorithm: self.algorithm, compression: Compression::Zlib, deflate: self.deflate };
         let (name, stored) = encoding.encode(kind, plain);
@@ -207,7 +207,7 @@ impl<'a> Signer<'a> {
         let plain = fs::read(file).map_err(PublishError::local("read", file))?;
         fs::remove_file(file).map_err(PublishError::local("remove", file))?;
         let size = plain.len() as u64;
-        Ok((self.store(kind, plain)?, size))
+        Ok((self.store(kind, &plain)?, size))
     }
 
     fn require_free_tag(

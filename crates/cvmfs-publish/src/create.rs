@@ -122,7 +122,7 @@ pub fn create_repository(new: &NewRepository) -> Result<Report, PublishError> {
     write_whitelist(&*storage, &files, &keys, new.hash, now, expires)?;
     storage.put_file(storage::MASTER_REPLICA, REPLICA_NOTE)?;
 
-    let metainfo = signer.store(ObjectKind::Metainfo, settings.to_metainfo())?;
+    let metainfo = signer.store(ObjectKind::Metainfo, &settings.to_metainfo())?;
     let root_file = scratch.file("root");
     make_root_catalog(&root_file, new.ttl, now)?;
     let (root, size) = signer.store_file(ObjectKind::Catalog, &root_file)?;

@@ -1,5 +1,6 @@
 //! The command `cvmfs-publish`, see `cvmfs-publish --help`.
 
+mod allocator;
 mod cli;
 mod progress;
 mod run;
@@ -13,6 +14,7 @@ use tracing_subscriber::EnvFilter;
 use cli::{Cli, Common, LogFormat};
 
 fn main() -> ExitCode {
+    allocator::return_large_buffers();
     let cli = Cli::parse();
     if let Err(reason) = start_log(&cli.common) {
         eprintln!("error: --log-level: {reason}");

@@ -6,6 +6,7 @@
 //! pieces that are queued or being worked on never exceed a fixed number of bytes
 //! ([`bytes_in_flight`]), so memory depends neither on file sizes nor on their number.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -27,10 +28,10 @@ pub(crate) struct Encoding {
 
 impl Encoding {
     /// The stored form of `plain`, and its name.
-    pub(crate) fn encode(self, kind: ObjectKind, plain: Vec<u8>) -> (ObjectName, Vec<u8>) {
+    pub(crate) fn encode(self, kind: ObjectKind, plain: &[u8]) -> (ObjectName, Cow<'_, [u8]>) {
         let stored = match self.compression {
-            Compression::Zlib => self.deflate.compress(&plain),
-            Compression::None => plain,
+            Compression::Zlib => Cow::Owned(self.deflate.compress(plain)),
+            Compression::None => Cow::Borrowed(plain),
         };
         (ObjectName::new(ContentHash::of(self.algorithm, &stored), kind), stored)
     }
@@ -239,7 +240,7 @@ impl Shared {
     }
 
     fn store(&self, job: Job) -> Result<ContentHash, PublishError> {
-        let (name, stored) = job.encoding.encode(job.kind, job.plain);
+        let (name, stored) = job.encoding.encode(job.kind, &job.plain);
         let put = self.storage.put_object(&name, &stored)?;
         self.counters.count(put, stored.len());
         Ok(name.hash)

@@ -365,3 +365,15 @@ fn marker_meta(options: &IngestOptions, now: layer_tar::Timestamp) -> Meta {
     };
     Meta { permissions: 0o644, uid, gid, ..Meta::implied_directory(now) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_publisher_and_its_transaction_may_move_between_threads() {
+        fn assert_send<T: Send>() {}
+        assert_send::<Publisher>();
+        assert_send::<Transaction<'_>>();
+    }
+}

@@ -72,9 +72,9 @@ impl Sink<'_> {
         self.store(&LayerPath::root(), &mut io::empty(), 0)
     }
 
-    /// Room for what is left of a file, at most one chunk.
+    /// Room for what is left of a file, at most a chunk of mean size: larger ones are rare enough to grow.
     fn capacity(&self, left: u64) -> usize {
-        usize::try_from(left.min(self.chunk_sizes.max)).unwrap_or(STEP)
+        usize::try_from(left.min(self.chunk_sizes.avg)).unwrap_or(STEP)
     }
 }
 
