@@ -12,7 +12,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::options::MountMethod;
 use crate::plugin::{MountsFactory, Plugin};
-use crate::repositories::{ClientMounts, ExternalMounts};
+use crate::repositories::{ClientMounts, ClientOptions, ExternalMounts};
 use crate::{keeper, server};
 
 /// Where dockerd expects the socket of a managed plugin.
@@ -100,12 +100,12 @@ pub fn run() -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
-    start_log(&cli.log);
+    let log_json = start_log(&cli.log);
     let Command::Serve(options) = cli.command;
     let result = if keeper::is_needed() && !options.inherited_socket {
         keeper::run(&options.socket)
     } else {
-        serve(&options)
+        serve(&options, log_json)
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -116,7 +116,8 @@ pub fn run() -> ExitCode {
     }
 }
 
-fn start_log(options: &LogOptions) {
+/// Whether the log is JSON.
+fn start_log(options: &LogOptions) -> bool {
     let setting = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
     let level = options.log_level.map(|level| level.to_string()).or_else(|| setting("CVMFS_GRAPHDRIVER_LOG"));
     let level = level.unwrap_or_else(|| "info".to_owned());
@@ -135,16 +136,17 @@ fn start_log(options: &LogOptions) {
     if !known {
         tracing::warn!(level, "unknown log level, using info");
     }
+    json
 }
 
-fn serve(options: &ServeOptions) -> Result<()> {
+fn serve(options: &ServeOptions, log_json: bool) -> Result<()> {
     let listener = if options.inherited_socket {
         keeper::inherited_socket().context("cannot use the inherited socket")?
     } else {
         server::bind(&options.socket)
             .with_context(|| format!("cannot listen on {}", options.socket.display()))?
     };
-    let plugin = Arc::new(Plugin::start(&state_directory(options), mounts(options)));
+    let plugin = Arc::new(Plugin::start(&state_directory(options), mounts(options, log_json)));
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start")?;
     runtime.block_on(async {
         let listener = tokio::net::UnixListener::from_std(listener)?;
@@ -201,7 +203,7 @@ fn state_directory(options: &ServeOptions) -> PathBuf {
     }
 }
 
-fn mounts(options: &ServeOptions) -> MountsFactory {
+fn mounts(options: &ServeOptions, log_json: bool) -> MountsFactory {
     let config = options.config.clone().unwrap_or_else(|| {
         let of_plugin = Path::new(PLUGIN_CONFIG);
         if of_plugin.is_dir() { of_plugin.to_owned() } else { PathBuf::from(HOST_CONFIG) }
@@ -215,7 +217,10 @@ fn mounts(options: &ServeOptions) -> MountsFactory {
             MountMethod::External => Arc::new(ExternalMounts::new(&directory)),
             MountMethod::Internal => {
                 let cache = cache.clone().unwrap_or_else(|| home.join(STATE_DIRECTORY).join("cache"));
-                Arc::new(ClientMounts::new(&directory, &config, &cache))
+                Arc::new(ClientMounts::new(
+                    &directory,
+                    ClientOptions { config: config.clone(), cache, log_json },
+                ))
             }
         }
     })

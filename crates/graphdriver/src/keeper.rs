@@ -10,6 +10,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -87,8 +88,10 @@ async fn keep(listener: &OwnedFd) -> Result<()> {
 /// Starts this very program again, with the same arguments and the socket as standard
 /// input.
 fn start(listener: &OwnedFd) -> Result<Pid> {
+    let mut arguments = std::env::args_os();
     let server = Command::new("/proc/self/exe")
-        .args(std::env::args_os().skip(1))
+        .arg0(arguments.next().unwrap_or_default())
+        .args(arguments)
         .arg("--inherited-socket")
         .stdin(Stdio::from(listener.try_clone()?))
         .spawn()

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use thin_image::Location;
 
-pub use client::ClientMounts;
+pub use client::{ClientMounts, ClientOptions};
 pub use external::ExternalMounts;
 
 use crate::keyed_locks::KeyedLocks;
@@ -126,8 +126,8 @@ pub trait RepositoryMounts: Send + Sync + fmt::Debug {
     /// [`RepositoryError`], at the latest after `timeout`.
     fn ensure(&self, fqrn: &Fqrn, timeout: Duration) -> Result<PathBuf, RepositoryError>;
 
-    /// Looks for a newer revision now.
-    fn refresh(&self, fqrn: &Fqrn);
+    /// Looks for a newer revision now, for at most `timeout`.
+    fn refresh(&self, fqrn: &Fqrn, timeout: Duration);
 
     /// The revision that is mounted, if it can be told.
     fn revision(&self, fqrn: &Fqrn) -> Option<u64>;
@@ -148,14 +148,17 @@ pub trait RepositoryMounts: Send + Sync + fmt::Debug {
     fn recover(&self);
 }
 
-/// Within this time a start that needs a repository has succeeded or failed with a
-/// message. Half a minute is what a user at a terminal waits.
-pub const GET_DEADLINE: Duration = Duration::from_secs(30);
-
-/// Part of [`GET_DEADLINE`] that mounting may take, all repositories of a layer together.
+/// Within this time a start that needs a repository goes on or fails with a message:
+/// half a minute is what a user at a terminal waits, and a little is left for the engine.
+const START_TIME: Duration = Duration::from_secs(28);
+/// Part of [`START_TIME`] that mounting may take, all repositories of a layer together.
 const MOUNT_TIME: Duration = Duration::from_secs(20);
-/// What a mount is given at least, when the others have used up the time.
-const LEAST_MOUNT_TIME: Duration = Duration::from_secs(1);
+/// What each step is given at least, when the others have used up the time.
+const LEAST_TIME: Duration = Duration::from_secs(1);
+
+fn remaining(until: Instant) -> Duration {
+    until.saturating_duration_since(Instant::now()).max(LEAST_TIME)
+}
 
 /// Who uses which repository.
 #[derive(Debug)]
@@ -186,19 +189,18 @@ impl Repositories {
     /// The first repository or layer that cannot be used.
     pub fn acquire(&self, holder: &str, locations: &[&Location]) -> Result<Vec<PathBuf>, RepositoryError> {
         let names: Vec<Fqrn> = distinct(locations);
-        let deadline = Instant::now() + MOUNT_TIME;
+        let (mounted_until, found_until) = (Instant::now() + MOUNT_TIME, Instant::now() + START_TIME);
         let mut added = Vec::new();
         let acquired = (|| {
             let mut mountpoints = HashMap::new();
             for fqrn in &names {
                 let _lock = self.locks.lock(fqrn);
-                let remaining = deadline.saturating_duration_since(Instant::now()).max(LEAST_MOUNT_TIME);
-                mountpoints.insert(fqrn.clone(), self.mounts.ensure(fqrn, remaining)?);
+                mountpoints.insert(fqrn.clone(), self.mounts.ensure(fqrn, remaining(mounted_until))?);
                 if self.hold(fqrn, holder) {
                     added.push(fqrn.clone());
                 }
             }
-            place::find_all(&*self.mounts, &mountpoints, locations)
+            place::find_all(&*self.mounts, &mountpoints, locations, found_until)
         })();
         if acquired.is_err() {
             for fqrn in &added {

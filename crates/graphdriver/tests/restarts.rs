@@ -198,6 +198,96 @@ fn many_containers_at_once_neither_wait_for_nor_disturb_each_other() {
     assert_eq!(fs::read_dir(host.home().join("l")).unwrap().count(), 3);
 }
 
+/// As in a managed plugin, where the program is process 1 of its namespace.
+#[test]
+fn process_1_starts_the_server_again_and_calls_wait_meanwhile() {
+    let directory = ScratchDir::new("keeper").unwrap();
+    let runtime = ScratchDir::runtime("keeper").unwrap();
+    let socket = runtime.path().join("s.sock");
+    let mut command = Command::new("unshare");
+    command
+        .args(["--pid", "--fork", "--kill-child", "--mount-proc"])
+        .arg(env!("CARGO_BIN_EXE_cvmfs-graphdriver"));
+    command.args(["serve", "--socket"]).arg(&socket).arg("--propagated-mount").arg(directory.path());
+    let mut unshare =
+        testkit::process::Service::start("plugin", command, &directory.path().join("log")).unwrap();
+    unshare.wait_ready(Duration::from_secs(20), || socket.exists()).unwrap();
+    let home = directory.path().join("home");
+    assert_eq!(Connection::open(&socket).call("Init", &json!({"Home": home})).0, 200);
+
+    let mut servers = Vec::new();
+    for round in 0..3 {
+        let id = format!("layer{round}");
+        assert_eq!(Connection::open(&socket).call("Create", &json!({"ID": id})).0, 200);
+        let server = server_of(&socket);
+        assert!(!servers.contains(&server), "the server was started again");
+        testkit::process::kill(server, rustix::process::Signal::KILL);
+        servers.push(server);
+        // At once: the call waits in the socket's queue until there is a server.
+        let (status, answer) = Connection::open(&socket).call("Exists", &json!({"ID": id}));
+        assert_eq!((status, answer), (200, json!({"Exists": true})), "initialised without Init");
+    }
+    let keeper = parent_of(server_of(&socket));
+    testkit::process::kill(keeper, rustix::process::Signal::TERM);
+    testkit::process::wait_until("the keeper to end", Duration::from_secs(15), || {
+        !testkit::process::is_alive(keeper) && !socket.exists()
+    })
+    .unwrap();
+    assert!(servers.iter().all(|server| !testkit::process::is_alive(*server)), "no zombies stay");
+}
+
+/// The server process that answers on `socket`.
+fn server_of(socket: &Path) -> u32 {
+    let mut found = Vec::new();
+    testkit::process::wait_until("a server", Duration::from_secs(10), || {
+        found = testkit::process::find(|pid| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line);
+            line.contains("--inherited-socket") && line.contains(socket.to_str().unwrap())
+        });
+        found.len() == 1
+    })
+    .unwrap();
+    found[0]
+}
+
+fn parent_of(pid: u32) -> u32 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("PPid:")).unwrap();
+    line.trim().parse().unwrap()
+}
+
+#[test]
+fn with_a_user_namespace_layers_belong_to_its_root_and_archives_have_the_container_s_owners() {
+    use std::os::unix::fs::MetadataExt;
+    let host = Host::start();
+    let map = json!([{"container_id": 0, "host_id": 100_000, "size": 65536}]);
+    host.call("Init", json!({"Home": host.home(), "Opts": null, "UIDMaps": map, "GIDMaps": map}));
+    let tar =
+        TarBuilder::new().owner(0, 0).file("root", 0o4755, b"r").owner(1000, 1001).file("user", 0o644, b"u");
+    let tar = tar.owner(0, 0).char_device("null", 0o666, (1, 3)).finish();
+    host.add_layer("image", "", &tar);
+    let owner = |path: &str| {
+        let metadata = fs::symlink_metadata(host.home().join(path)).unwrap();
+        (metadata.uid(), metadata.gid())
+    };
+    assert_eq!(owner("image/diff"), (100_000, 100_000));
+    assert_eq!(owner("image/diff/user"), (101_000, 101_001));
+    assert!(!host.home().join("image/diff/null").exists(), "no devices in a user namespace");
+    host.create_container("c", "image");
+    host.get("c");
+    for path in ["c/diff", "c/work", "c/work/work", "c/merged"] {
+        assert_eq!(owner(path), (100_000, 100_000), "{path}");
+    }
+    fs::write(host.home().join("c/merged/new"), "n").unwrap();
+    std::os::unix::fs::chown(host.home().join("c/merged/new"), Some(100_007), Some(100_008)).unwrap();
+    let (status, archive) = host.connect().diff("c", "c-init");
+    assert_eq!(status, 200);
+    host.add_layer("committed", "image", &archive.unwrap());
+    assert_eq!(owner("committed/diff/new"), (100_007, 100_008));
+    host.put("c");
+}
+
 /// The real program, killed at random moments while it creates and removes layers.
 #[test]
 fn kill_9_at_any_moment_leaves_whole_layers_or_none() {

@@ -11,22 +11,28 @@ use cvmfs_fuse::control;
 use super::{Fqrn, RepositoryError, RepositoryMounts, RepositoryStatus};
 use crate::mounts;
 
-/// How long a look for a newer revision may take; a start waits for it.
-const REFRESH_TIMEOUT: Duration = Duration::from_secs(8);
+/// How the client is to be run.
+#[derive(Debug, Clone)]
+pub struct ClientOptions {
+    /// Directory with names and keys of repositories; read at each mount.
+    pub config: PathBuf,
+    /// Fetched objects are kept below this directory.
+    pub cache: PathBuf,
+    /// Whether its log lines are JSON, as the plugin's.
+    pub log_json: bool,
+}
 
 /// Mounts repositories in the layer view at `<directory>/<fqrn>`.
 #[derive(Debug)]
 pub struct ClientMounts {
     directory: PathBuf,
-    config: PathBuf,
-    cache: PathBuf,
+    options: ClientOptions,
 }
 
 impl ClientMounts {
-    /// Names and keys of repositories come from the configuration directory `config`,
-    /// which is read at each mount; fetched objects are kept below `cache`.
-    pub fn new(directory: &Path, config: &Path, cache: &Path) -> Self {
-        Self { directory: directory.to_owned(), config: config.to_owned(), cache: cache.to_owned() }
+    /// `directory` is `<Home>/cvmfs`.
+    pub fn new(directory: &Path, options: ClientOptions) -> Self {
+        Self { directory: directory.to_owned(), options }
     }
 
     fn mountpoint(&self, fqrn: &Fqrn) -> PathBuf {
@@ -38,10 +44,10 @@ impl ClientMounts {
             fqrn: fqrn.as_str().to_owned(),
             mountpoint: self.mountpoint(fqrn),
             sources: ConfigSources {
-                directory: self.config.clone(),
+                directory: self.options.config.clone(),
                 files: None,
                 overrides: vec![
-                    ("CVMFS_CACHE_BASE".to_owned(), self.cache.to_string_lossy().into_owned()),
+                    ("CVMFS_CACHE_BASE".to_owned(), self.options.cache.to_string_lossy().into_owned()),
                     // Files of an image belong to whom the image says, not to the mounter.
                     ("CVMFS_CLAIM_OWNERSHIP".to_owned(), "no".to_owned()),
                 ],
@@ -50,7 +56,7 @@ impl ClientMounts {
             allow_other: true,
             suid_and_devices: true,
             log_level: tracing::level_filters::LevelFilter::current().to_string().to_ascii_lowercase(),
-            log_json: false,
+            log_json: self.options.log_json,
             log_file: None,
         }
     }
@@ -84,7 +90,7 @@ impl RepositoryMounts for ClientMounts {
         if mounts::is_mounted(&mountpoint) && cvmfs_fuse::is_alive(&mountpoint) {
             return Ok(mountpoint);
         }
-        for directory in [&mountpoint, &self.cache] {
+        for directory in [&mountpoint, &self.options.cache] {
             fs::create_dir_all(directory)
                 .or_else(|error| {
                     // A dead mount answers this; it is replaced below.
@@ -98,9 +104,9 @@ impl RepositoryMounts for ClientMounts {
         Ok(mountpoint)
     }
 
-    fn refresh(&self, fqrn: &Fqrn) {
+    fn refresh(&self, fqrn: &Fqrn, timeout: Duration) {
         let Some(control) = self.control(fqrn) else { return };
-        match cvmfs_fuse::refresh(&control, REFRESH_TIMEOUT) {
+        match cvmfs_fuse::refresh(&control, timeout) {
             Ok(revision) => tracing::info!(%fqrn, revision, "looked for a newer revision"),
             Err(error) => tracing::warn!(%fqrn, %error, "cannot look for a newer revision"),
         }

@@ -30,7 +30,7 @@ impl RepositoryMounts for ExternalMounts {
     }
 
     /// The host's client follows new revisions by itself.
-    fn refresh(&self, _fqrn: &Fqrn) {}
+    fn refresh(&self, _fqrn: &Fqrn, _timeout: Duration) {}
 
     fn revision(&self, _fqrn: &Fqrn) -> Option<u64> {
         None

@@ -7,17 +7,16 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2, readlinkat};
 use rustix::io::Errno;
 use thin_image::Location;
 
-use super::{Fqrn, RepositoryError, RepositoryMounts};
+use super::{Fqrn, RepositoryError, RepositoryMounts, remaining};
 
-/// Time to find all layers of one image: they are directory entries of catalogs that
-/// come over the network once. What is left of [`super::GET_DEADLINE`] after mounting.
-const FIND_TIMEOUT: Duration = Duration::from_secs(9);
+/// Longest look for a newer revision, so that time is left to find the layers in it.
+const REFRESH_TIME: Duration = Duration::from_secs(4);
 /// The kernel answers EAGAIN when a directory moved while it followed a path.
 const RETRIES: usize = 16;
 
@@ -27,6 +26,7 @@ pub(super) fn find_all(
     mounts: &dyn RepositoryMounts,
     mountpoints: &HashMap<Fqrn, PathBuf>,
     locations: &[&Location],
+    until: Instant,
 ) -> Result<Vec<PathBuf>, RepositoryError> {
     let places: Vec<Place> = locations
         .iter()
@@ -38,7 +38,7 @@ pub(super) fn find_all(
         .collect();
     let mut refreshed = Vec::new();
     loop {
-        let (index, errno) = match within_deadline(places.clone()) {
+        let (index, errno) = match within_deadline(places.clone(), until) {
             Ok(found) => return Ok(found),
             Err(failure) => failure,
         };
@@ -46,7 +46,7 @@ pub(super) fn find_all(
         let fqrn = Fqrn::from(*location);
         let missing = matches!(errno, Errno::NOENT | Errno::NOTDIR);
         if missing && !refreshed.contains(&fqrn) {
-            mounts.refresh(&fqrn);
+            mounts.refresh(&fqrn, remaining(until).min(REFRESH_TIME));
             refreshed.push(fqrn);
             continue;
         }
@@ -69,7 +69,7 @@ struct Place {
 ///
 /// A file system that hangs must not hang the caller: the kernel has no time limit of
 /// its own for a lookup. The thread of such a call stays behind until it is answered.
-fn within_deadline(places: Vec<Place>) -> Result<Vec<PathBuf>, (usize, Errno)> {
+fn within_deadline(places: Vec<Place>, until: Instant) -> Result<Vec<PathBuf>, (usize, Errno)> {
     let (answer, answered) = mpsc::sync_channel(1);
     let work = move || {
         let open = |(index, place): (usize, &Place)| {
@@ -81,7 +81,7 @@ fn within_deadline(places: Vec<Place>) -> Result<Vec<PathBuf>, (usize, Errno)> {
     if thread::Builder::new().name("find-layers".into()).spawn(work).is_err() {
         return Err((0, Errno::AGAIN));
     }
-    answered.recv_timeout(FIND_TIMEOUT).unwrap_or(Err((0, Errno::TIMEDOUT)))
+    answered.recv_timeout(remaining(until)).unwrap_or(Err((0, Errno::TIMEDOUT)))
 }
 
 /// The real directory: symbolic links inside the repository are followed, those that

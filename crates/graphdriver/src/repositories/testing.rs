@@ -55,7 +55,7 @@ impl RepositoryMounts for DirectoryMounts {
         Ok(path)
     }
 
-    fn refresh(&self, fqrn: &Fqrn) {
+    fn refresh(&self, fqrn: &Fqrn, _timeout: Duration) {
         self.state().log.push(format!("refresh {fqrn}"));
         if let Some(path) = self.state().after_refresh.take() {
             fs::create_dir_all(self.directory.join(fqrn.as_str()).join(path)).unwrap();

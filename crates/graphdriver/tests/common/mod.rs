@@ -335,7 +335,7 @@ impl RepositoryMounts for DirectoryMounts {
         Ok(path)
     }
 
-    fn refresh(&self, _fqrn: &Fqrn) {}
+    fn refresh(&self, _fqrn: &Fqrn, _timeout: Duration) {}
 
     fn revision(&self, _fqrn: &Fqrn) -> Option<u64> {
         Some(3)
