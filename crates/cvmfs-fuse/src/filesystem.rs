@@ -114,7 +114,7 @@ impl Mount {
     fn readlink(&self, id: u64, reply: ReplyData) {
         match self.view.node(id, Deadline::after(METADATA_DEADLINE)) {
             Ok(node) if node.located.entry.kind() == EntryKind::Symlink => {
-                reply.data(&self.view.link_target(&node))
+                reply.data(&self.view.link_target(&node));
             }
             Ok(_) => reply.error(Errno::EINVAL),
             Err(error) => reply.error(self.failed("link target", id, None, &error)),
@@ -181,7 +181,7 @@ fn answer_open(reply: ReplyOpen, handle: u64, mode: Mode) {
         Mode::Passthrough(id) => crate::syscall::reply_passthrough(reply, handle, id),
         // Content under one node id never changes, so the kernel's pages stay good.
         Mode::Plain => {
-            reply.opened(FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH)
+            reply.opened(FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH);
         }
     }
 }

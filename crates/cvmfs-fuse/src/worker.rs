@@ -139,9 +139,10 @@ fn inherited_descriptors() -> Result<(OwnedFd, OwnedFd), Failure> {
     }
 }
 
-fn load_settings(
-    request: &MountRequest,
-) -> Result<(ClientSettings, Options, HashMap<Vec<u8>, Vec<u8>>), Failure> {
+/// Names and values of the whole configuration.
+type Parameters = HashMap<Vec<u8>, Vec<u8>>;
+
+fn load_settings(request: &MountRequest) -> Result<(ClientSettings, Options, Parameters), Failure> {
     let config = Config::load(&request.fqrn, &request.sources).map_err(ClientError::from)?;
     let settings = ClientSettings::from(&config).map_err(ClientError::from)?;
     let visibility = config.get("CVMFS_MAGIC_XATTRS_VISIBILITY").map(|setting| setting.value.as_str());
