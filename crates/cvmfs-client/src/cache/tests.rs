@@ -28,7 +28,8 @@ fn stored(cache: &Cache) -> u64 {
     let mut bytes = 0;
     for number in 0..=255_u8 {
         for entry in std::fs::read_dir(cache.directory().join(format!("{number:02x}"))).unwrap() {
-            bytes += entry.unwrap().metadata().unwrap().len();
+            // A file that the eviction in the background has just removed counts nothing.
+            bytes += entry.unwrap().metadata().map_or(0, |metadata| metadata.len());
         }
     }
     bytes
@@ -103,7 +104,9 @@ fn eviction_keeps_the_cache_below_its_limit_and_removes_the_least_recently_used(
         // Distinct ages, the first files the oldest.
         let path = cache.path(&name(number));
         let age = std::time::SystemTime::now() - Duration::from_secs(100_000 - number);
-        std::fs::File::open(path).unwrap().set_modified(age).unwrap();
+        if let Ok(file) = std::fs::File::open(path) {
+            file.set_modified(age).unwrap();
+        }
         assert!(stored(&cache) <= LIMIT, "after file {number}");
         assert!(cache.usage().used <= LIMIT);
     }
