@@ -73,7 +73,10 @@ fn normal_and_thin_images_run_side_by_side_and_show_the_same_files() {
     assert!(expected.lines().count() > 40 && expected.contains("fresh"), "{expected}");
     assert!(!expected.contains("stale") && !expected.contains("etc/app/old"), "{expected}");
     assert_eq!(docker.run(&[&thin, "/bin/sh", "-c", LIST]).unwrap(), expected);
-    // The configuration of the image came along, and the descriptor is not seen.
+    // Neither the descriptor nor the repository's bookkeeping is seen.
+    let root = |image: &str| docker.run(&[image, "/bin/ls", "-A", "/"]).unwrap();
+    assert_eq!(root(&thin), root(&normal));
+    // The configuration of the image came along.
     assert_eq!(docker.run(&[&thin]).unwrap(), "app");
     let finished = docker.run_output(&[&thin, "/bin/cat", "/thin.json"]).unwrap();
     assert!(!finished.status.success(), "{}", finished.output());

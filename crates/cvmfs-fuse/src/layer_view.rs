@@ -9,6 +9,7 @@
 //! | `.wh.NAME` beside a directory NAME | the directory is opaque |
 //! | `.wh..wh..opq` in a directory | the directory is opaque |
 //! | any other `.wh..wh.*` | nothing |
+//! | `.cvmfscatalog`, `.cvmfsautocatalog` | nothing: the repository's bookkeeping is no file of the image |
 //!
 //! Opaque means the extended attributes `trusted.overlay.opaque` and, for overlays in a
 //! user namespace, `user.overlay.opaque`, both `y`.
@@ -21,6 +22,8 @@ const WHITEOUT: &[u8] = b".wh.";
 pub(crate) const OPAQUE_MARKER: &[u8] = b".wh..wh..opq";
 /// Prefix of AUFS' own bookkeeping.
 const INTERNAL: &[u8] = b".wh..wh.";
+/// Markers of nested catalogs (repository format §19), which publishers put into a layer's root.
+const CATALOG_MARKERS: [&[u8]; 2] = [b".cvmfscatalog", b".cvmfsautocatalog"];
 
 /// Names of the attributes that make a directory opaque.
 pub(crate) const OPAQUE_ATTRIBUTES: [&[u8]; 2] = [b"trusted.overlay.opaque", b"user.overlay.opaque"];
@@ -38,7 +41,7 @@ pub(crate) enum Marker<'a> {
 
 /// Classifies a stored name.
 pub(crate) fn marker(name: &[u8]) -> Marker<'_> {
-    if name.starts_with(INTERNAL) {
+    if name.starts_with(INTERNAL) || CATALOG_MARKERS.contains(&name) {
         return Marker::Hidden;
     }
     match name.strip_prefix(WHITEOUT) {
@@ -77,6 +80,7 @@ mod tests {
         assert_eq!(marker(b".wh..wh.plnk"), Marker::Hidden);
         assert_eq!(marker(b".wh."), Marker::Hidden);
         assert_eq!(marker(b".wh..hidden"), Marker::Whiteout(b".hidden"));
+        assert_eq!(marker(b".cvmfscatalog"), Marker::Hidden);
         assert_eq!(marker(b".what"), Marker::None);
         assert_eq!(marker(b"x.wh.y"), Marker::None);
     }

@@ -228,7 +228,8 @@ struct Walk {
 
 impl Walk {
     fn of(root: &Path, device: Option<u64>) -> Vec<TreeEntry> {
-        let mut walk = Self { root: root.to_owned(), device, first: HashMap::new(), entries: Vec::new() };
+        // A root that is itself a link, such as /proc/PID/root, is followed.
+        let mut walk = Self { root: root.join("."), device, first: HashMap::new(), entries: Vec::new() };
         walk.visit(OsStr::new("/"));
         walk.entries
     }
@@ -480,6 +481,17 @@ mod tests {
         let line = entry.to_line();
         assert_eq!(line, r#"{"path": "/caf\udce9\udc80\"\n\u007f\ud83e\udd80"}"#);
         assert_eq!(serde_json::from_str::<TreeEntry>(&line).unwrap(), entry);
+    }
+
+    #[test]
+    fn a_root_that_is_a_link_is_followed() {
+        let directory = crate::ScratchDir::new("link").unwrap();
+        std::fs::create_dir(directory.path().join("d")).unwrap();
+        std::fs::write(directory.path().join("d/f"), "x").unwrap();
+        std::os::unix::fs::symlink("d", directory.path().join("root")).unwrap();
+        let entries = walk_one_file_system(directory.path().join("root"));
+        let paths: Vec<_> = entries.iter().map(|entry| entry.path.to_str().unwrap()).collect();
+        assert_eq!(paths, ["/", "/f"]);
     }
 
     #[test]
