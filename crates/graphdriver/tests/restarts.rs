@@ -133,6 +133,49 @@ fn an_image_layer_is_writable_until_another_layer_is_created_on_it() {
     host.put("step");
 }
 
+#[test]
+fn a_home_behind_a_link_and_on_a_mount_of_its_own_works_like_any_other() {
+    let host = Host::start();
+    let real = host.directory.path().join("disk");
+    fs::create_dir(&real).unwrap();
+    rustix::mount::mount_bind(&real, &real).unwrap();
+    symlink(&real, host.directory.path().join("link")).unwrap();
+    let home = host.directory.path().join("link/home");
+    host.call("Init", json!({"Home": home}));
+    host.add_layer("image", "", &TarBuilder::new().file("d/f", 0o644, b"x").finish());
+    host.create_container("c", "image");
+    let tree = host.get("c");
+    assert!(tree.starts_with(&home), "as the engine named it: {}", tree.display());
+    assert_eq!(fs::read(tree.join("d/f")).unwrap(), b"x");
+    assert_eq!(host.get("c"), tree);
+    host.put("c");
+    assert_eq!(testkit::mounts::below(&real).len(), 2, "one reference is left");
+    for id in ["c", "c-init", "image"] {
+        host.remove(id);
+    }
+    assert_eq!(fs::read_dir(home.join("l")).unwrap().count(), 0);
+    assert_eq!(testkit::mounts::below(&real).len(), 1, "the disk itself");
+    rustix::mount::unmount(&real, rustix::mount::UnmountFlags::DETACH).unwrap();
+}
+
+#[test]
+fn a_file_system_that_somebody_mounted_in_a_layer_is_not_emptied_by_removing_the_layer() {
+    let host = host_with_container();
+    let precious = host.directory.path().join("precious");
+    fs::create_dir(&precious).unwrap();
+    fs::write(precious.join("file"), "kept").unwrap();
+    let place = host.home().join("c/diff/place");
+    fs::create_dir(&place).unwrap();
+    rustix::mount::mount_bind(&precious, &place).unwrap();
+    assert!(host.failing_call("Remove", json!({"ID": "c"})).contains("place"));
+    assert_eq!(fs::read(precious.join("file")).unwrap(), b"kept");
+    let moved = host.home().join(".removing-c/diff/place");
+    rustix::mount::unmount(&moved, rustix::mount::UnmountFlags::DETACH).unwrap();
+    host.remove("c");
+    assert!(!host.home().join(".removing-c").exists());
+    assert_eq!(fs::read(precious.join("file")).unwrap(), b"kept");
+}
+
 /// EROFS.
 const READ_ONLY: i32 = 30;
 

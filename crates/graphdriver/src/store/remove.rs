@@ -9,6 +9,7 @@ use super::link::LinkName;
 use super::read::read_small;
 use super::{LayerStore, StoreError};
 use crate::layer_id::LayerId;
+use crate::mounts;
 
 /// Names of layers that are being deleted begin with this.
 const REMOVING: &str = ".removing-";
@@ -61,11 +62,12 @@ impl LayerStore {
     }
 }
 
-/// Removes a tree in which nothing is mounted.
+/// Removes a tree. What is mounted in it keeps its content and makes the removal fail.
 pub(crate) fn remove_tree(directory: &Path) -> Result<(), StoreError> {
     match overlay::tree::remove(directory) {
-        // Refused because a mount or a symbolic link is on the way *to* the directory.
-        Err(error) if crosses_mounts(&error) => {
+        // The same refusal comes for a mount or a symbolic link on the way *to* the tree,
+        // as with a data root on a file system of its own.
+        Err(error) if crosses_mounts(&error) && mounts::below(directory).is_empty() => {
             fs::remove_dir_all(directory).map_err(|cause| StoreError::io("remove", directory, cause))
         }
         removed => Ok(removed?),
