@@ -66,7 +66,7 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 fn prepare(steps: &mut Steps) -> Result<()> {
-    let binaries = steps.step("build the binaries", build::release)?;
+    let binaries = steps.step("build the binaries", || build::binaries(build::Profile::Release))?;
     testkit::binary::use_binaries_of(&binaries);
     Ok(())
 }

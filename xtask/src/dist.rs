@@ -11,7 +11,7 @@ use crate::{build, plugin};
 
 /// Fills `output`.
 pub fn run(output: &Path) -> Result<()> {
-    let binaries = build::release()?;
+    let binaries = build::binaries(build::Profile::Dist)?;
     testkit::scratch::remove_any(output)?;
     std::fs::create_dir_all(output).with_context(|| format!("cannot create {}", output.display()))?;
     let mut files = Vec::new();

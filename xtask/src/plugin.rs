@@ -16,7 +16,7 @@ const PACK_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Builds the plugin in `output`.
 pub fn run(output: &Path) -> Result<()> {
-    let binaries = build::release()?;
+    let binaries = build::binaries(build::Profile::Release)?;
     let tarball = make(output, &binaries.join("cvmfs-graphdriver"))?;
     println!("{}", output.display());
     println!("{}", tarball.display());

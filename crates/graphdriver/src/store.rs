@@ -29,7 +29,7 @@ mod read;
 mod remove;
 mod thin;
 
-pub(crate) use remove::{VIEW, remove_tree};
+pub(crate) use remove::VIEW;
 
 use std::fs;
 use std::io;

@@ -208,9 +208,21 @@ pub(crate) fn shorten(path: &mut Vec<u8>) {
 
 /// Removes a directory with everything in it; it need not exist. Symbolic links are removed, not followed, and
 /// mounts are not entered: one that is still there is an error (`EXDEV` or `EBUSY`) that names it.
+///
+/// The way to `root` may lead over mounts and symbolic links; only `root` itself is looked at strictly.
 pub fn remove(root: &Path) -> Result<(), TreeError> {
     let bytes = root.as_os_str().as_bytes();
-    remove_at(CWD, bytes).map_err(|error| TreeError { path: join_shown(bytes, &error.path), ..error })
+    let (Some(parent), Some(name)) = (root.parent(), root.file_name()) else {
+        return Err(TreeError::new("remove", bytes, Errno::INVAL));
+    };
+    let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let parent = match openat(CWD, parent, flags, Mode::empty()) {
+        Err(Errno::NOENT) => return Ok(()),
+        opened => opened.map_err(|error| TreeError::new("open directory", bytes, error))?,
+    };
+    remove_at(parent.as_fd(), name.as_bytes())
+        .map_err(|error| TreeError { path: join_shown(bytes, &error.path), ..error })
 }
 
 pub(crate) fn join_shown(root: &[u8], below: &str) -> String {
@@ -351,6 +363,21 @@ mod tests {
         assert!(error.path.ends_with("root/a/merged") && error.to_string().contains("is mounted"), "{error}");
         assert!(precious.join("file").exists());
         remove(&root).unwrap();
+    }
+
+    #[test]
+    fn a_tree_behind_a_mount_and_a_link_is_removed() {
+        let scratch = tempfile::tempdir().unwrap();
+        let (mounted, link) = (scratch.path().join("mounted"), scratch.path().join("link"));
+        std::fs::create_dir(&mounted).unwrap();
+        rustix::mount::mount("tmpfs", &mounted, "tmpfs", rustix::mount::MountFlags::empty(), None).unwrap();
+        symlink(&mounted, &link).unwrap();
+        std::fs::create_dir_all(mounted.join("root/a/b")).unwrap();
+        let removed = remove(&link.join("root"));
+        let left = mounted.join("root").exists();
+        rustix::mount::unmount(&mounted, rustix::mount::UnmountFlags::DETACH).unwrap();
+        removed.unwrap();
+        assert!(!left);
     }
 
     #[test]

@@ -78,7 +78,7 @@ pub fn run(options: &Options) -> Result<()> {
     let wanted = |name: &str| options.names.is_empty() || options.names.iter().any(|other| other == name);
     let home = workspace_root().join("target/bench");
     scratch::use_base(&home);
-    testkit::binary::use_binaries_of(&build::release()?);
+    testkit::binary::use_binaries_of(&build::binaries(build::Profile::Release)?);
     interrupt::catch();
     let lines = measure(wanted("read"), wanted("start"));
     scratch::remove(&home);

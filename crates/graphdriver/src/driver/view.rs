@@ -8,7 +8,7 @@ use overlay::mount::OverlayMount;
 use super::{Driver, DriverError, make_private};
 use crate::layer_id::LayerId;
 use crate::mounts;
-use crate::store::{Lower, VIEW, remove_tree};
+use crate::store::{Lower, VIEW};
 
 /// Lower directories that stay where they are until this is dropped.
 #[derive(Debug)]
@@ -123,7 +123,7 @@ fn discard(directory: &Path) {
         tracing::warn!(directory = %directory.display(), %error, "cannot unmount a temporary view");
         return;
     }
-    if let Err(error) = remove_tree(directory) {
+    if let Err(error) = overlay::tree::remove(directory) {
         tracing::warn!(directory = %directory.display(), %error, "cannot remove a temporary view");
     }
 }

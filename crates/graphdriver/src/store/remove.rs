@@ -9,7 +9,6 @@ use super::link::LinkName;
 use super::read::read_small;
 use super::{LayerStore, StoreError};
 use crate::layer_id::LayerId;
-use crate::mounts;
 
 /// Names of layers that are being deleted begin with this.
 const REMOVING: &str = ".removing-";
@@ -39,7 +38,7 @@ impl LayerStore {
             let names = read_small(&directory.join(file))?.unwrap_or_default();
             names.lines().filter_map(LinkName::parse).try_for_each(|link| link.remove(self.home()))?;
         }
-        remove_tree(directory)
+        Ok(overlay::tree::remove(directory)?)
     }
 
     /// Deletes what killed processes left. What cannot be deleted is reported and stays.
@@ -60,20 +59,4 @@ impl LayerStore {
         }
         Ok(())
     }
-}
-
-/// Removes a tree. What is mounted in it keeps its content and makes the removal fail.
-pub(crate) fn remove_tree(directory: &Path) -> Result<(), StoreError> {
-    match overlay::tree::remove(directory) {
-        // The same refusal comes for a mount or a symbolic link on the way *to* the tree,
-        // as with a data root on a file system of its own.
-        Err(error) if crosses_mounts(&error) && mounts::below(directory).is_empty() => {
-            fs::remove_dir_all(directory).map_err(|cause| StoreError::io("remove", directory, cause))
-        }
-        removed => Ok(removed?),
-    }
-}
-
-fn crosses_mounts(error: &overlay::tree::TreeError) -> bool {
-    matches!(error.source.raw_os_error(), Some(libc::EXDEV | libc::ELOOP))
 }
