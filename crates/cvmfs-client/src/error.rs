@@ -1,5 +1,7 @@
 //! The error of this crate, and what it means to the kernel and to a shell.
 
+use std::sync::Arc;
+
 use cvmfs_format::catalog::CatalogError;
 use cvmfs_format::hash::ContentHash;
 use rustix::io::Errno;
@@ -28,6 +30,9 @@ pub enum ClientError {
     /// The chain of trust is broken.
     #[error(transparent)]
     Trust(#[from] TrustError),
+    /// The revision in use was blacklisted while it was mounted.
+    #[error(transparent)]
+    Refused(Arc<TrustError>),
     /// A catalog that is needed cannot be had.
     #[error("catalog of {fqrn}:{path} ({hash}) cannot be loaded")]
     CatalogMissing {
@@ -129,7 +134,8 @@ impl ClientError {
             Self::Config(ConfigError::InvalidName { .. }) => 2,
             Self::Cache(CacheError::Unusable { source, .. }) if is_full(source) => 6,
             Self::Trust(TrustError::Key { .. }) => 1,
-            Self::Trust(_) => 3,
+            Self::Trust(TrustError::NoHistory { .. } | TrustError::NotTagged { .. }) => 5,
+            Self::Trust(_) | Self::Refused(_) => 3,
             _ => 1,
         }
     }

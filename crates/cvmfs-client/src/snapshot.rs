@@ -15,8 +15,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use cvmfs_format::catalog::{Catalog, Chunk, Counters, Entry};
+use cvmfs_format::manifest::DEFAULT_TTL;
 use cvmfs_format::{Compression, ContentHash, ObjectKind, ObjectName, PathHash};
 
 use crate::deadline::Deadline;
@@ -26,9 +28,6 @@ use crate::store::ObjectStore;
 /// Catalogs kept open at a time. Each costs a descriptor, a mapping and the prepared
 /// statements (about 100 KiB); a node runs hundreds of layers, not thousands.
 pub const MAX_OPEN_CATALOGS: usize = 512;
-
-/// Nested catalogs below each other that are followed before the repository counts as damaged.
-pub const MAX_CATALOG_DEPTH: usize = 256;
 
 /// A row of a catalog together with its path and the catalog it was found in.
 #[derive(Debug, Clone)]
@@ -49,6 +48,8 @@ pub struct AttachedCatalog {
     size: u64,
     open: Mutex<Option<Catalog>>,
     link_leaders: OnceLock<HashMap<u32, i64>>,
+    /// Entries of this catalog without those of nested ones; known once it was open.
+    entries: OnceLock<u64>,
     last_used: AtomicU64,
 }
 
@@ -60,6 +61,7 @@ impl AttachedCatalog {
             size,
             open: Mutex::new(None),
             link_leaders: OnceLock::new(),
+            entries: OnceLock::new(),
             last_used: AtomicU64::new(0),
         })
     }
@@ -97,12 +99,38 @@ pub struct Pin {
     pub timestamp: u64,
 }
 
+impl Pin {
+    /// A revision of which nothing but the root catalog is known. The catalog itself tells the rest.
+    pub fn of_root(root_hash: ContentHash) -> Pin {
+        Pin { root_hash, root_size: 0, revision: 0, timestamp: 0 }
+    }
+}
+
+/// What the root catalog says about its revision as a whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct About {
+    ttl: Duration,
+    entries: u64,
+    requirement: Option<Vec<u8>>,
+    is_volatile: bool,
+}
+
+/// Numbers of entries for `statfs` (client behaviour §8.1).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct EntryCounts {
+    /// Entries of the whole repository, as its root catalog counts them.
+    pub total: u64,
+    /// Entries of the catalogs that are attached and were read.
+    pub attached: u64,
+}
+
 /// One pinned revision of a repository.
 #[derive(Debug)]
 pub struct Snapshot {
     store: ObjectStore,
     fqrn: String,
     pin: Pin,
+    about: About,
     root: Arc<AttachedCatalog>,
     attached: Mutex<BTreeMap<Box<[u8]>, Arc<AttachedCatalog>>>,
     tick: AtomicU64,
@@ -129,19 +157,46 @@ impl Snapshot {
             .filter(|catalog| catalog.hash == pin.root_hash)
             .unwrap_or_else(|| AttachedCatalog::new(b"", pin.root_hash, pin.root_size));
         attached.insert(root.mountpoint.clone(), root.clone());
-        let snapshot = Snapshot {
+        let mut snapshot = Snapshot {
             store: store.clone(),
             fqrn: fqrn.to_owned(),
             pin,
+            about: About {
+                ttl: Duration::from_secs(DEFAULT_TTL.into()),
+                entries: 0,
+                requirement: None,
+                is_volatile: false,
+            },
             root,
             attached: Mutex::new(attached),
             tick: AtomicU64::new(1),
         };
+        snapshot.read_root(deadline)?;
         if let Some(previous) = previous {
             snapshot.share_with(previous);
         }
-        snapshot.with_catalog(&snapshot.root, deadline, |_| Ok(()))?;
         Ok(snapshot)
+    }
+
+    /// Opens the root catalog and keeps what it says about the revision.
+    fn read_root(&mut self, deadline: Deadline) -> Result<(), ClientError> {
+        let (about, revision, timestamp) = self.with_catalog(&self.root, deadline, |rows| {
+            let about = About {
+                ttl: Duration::from_secs(rows.ttl().into()),
+                entries: rows.counters()?.total().entries().max(0).cast_unsigned(),
+                requirement: rows.voms_authz().map(<[u8]>::to_vec),
+                is_volatile: rows.is_volatile(),
+            };
+            Ok((about, rows.revision(), rows.last_modified()))
+        })?;
+        self.about = about;
+        if self.pin.revision == 0 {
+            self.pin.revision = revision;
+        }
+        if self.pin.timestamp == 0 {
+            self.pin.timestamp = timestamp;
+        }
+        Ok(())
     }
 
     /// The pin of this snapshot.
@@ -152,6 +207,28 @@ impl Snapshot {
     /// Name of the repository.
     pub fn fqrn(&self) -> &str {
         &self.fqrn
+    }
+
+    /// How long the publisher lets clients rely on this revision.
+    pub fn ttl(&self) -> Duration {
+        self.about.ttl
+    }
+
+    /// Who may read the repository, `<helper>%<membership>`; anybody if there is none (client behaviour §13).
+    pub fn requirement(&self) -> Option<&[u8]> {
+        self.about.requirement.as_deref()
+    }
+
+    /// Whether the publisher asks for cached objects of this repository to be evicted first.
+    pub fn is_volatile(&self) -> bool {
+        self.about.is_volatile
+    }
+
+    /// How many entries the repository has, and how many of them are in attached catalogs. Never waits.
+    pub fn entry_counts(&self) -> EntryCounts {
+        let attached = self.attached();
+        let known = attached.iter().filter_map(|catalog| catalog.entries.get()).sum();
+        EntryCounts { total: self.about.entries, attached: known }
     }
 
     /// The root directory.
@@ -308,6 +385,20 @@ impl Snapshot {
         self.with_catalog(&located.catalog, deadline, |rows| Ok(rows.counters()?))
     }
 
+    /// Detaches all nested catalogs and returns their number. They are attached again when somebody walks there.
+    pub fn detach_nested(&self) -> usize {
+        let mut attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
+        let nested: Vec<_> = attached.extract_if(.., |mountpoint, _| !mountpoint.is_empty()).collect();
+        drop(attached);
+        // Nodes may still refer to a detached catalog; it is opened again if one of them is read.
+        for (_, catalog) in &nested {
+            if let Ok(mut open) = catalog.open.try_lock() {
+                *open = None;
+            }
+        }
+        nested.len()
+    }
+
     /// The catalogs attached so far, sorted by path.
     pub fn attached(&self) -> Vec<Arc<AttachedCatalog>> {
         self.attached.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
@@ -378,14 +469,18 @@ impl Snapshot {
         let object = self.store.object(&name, Compression::Zlib, size, deadline).map_err(|error| {
             ClientError::catalog_missing(&self.fqrn, &catalog.mountpoint, catalog.hash, error)
         })?;
-        let rows = crate::tree::open_catalog(&object)
-            .map_err(|error| ClientError::catalog_unreadable(&self.fqrn, &catalog.mountpoint, error))?;
+        let unreadable = |error| ClientError::catalog_unreadable(&self.fqrn, &catalog.mountpoint, error);
+        let rows = crate::tree::open_catalog(&object).map_err(unreadable)?;
         if rows.root_prefix() != catalog.mountpoint() {
             return Err(ClientError::catalog_damaged(
                 &self.fqrn,
                 &catalog.mountpoint,
                 "the catalog belongs to another path",
             ));
+        }
+        if catalog.entries.get().is_none() {
+            let own = rows.counters().map_err(unreadable)?.own;
+            let _ = catalog.entries.set(own.entries().max(0).cast_unsigned());
         }
         Ok(rows)
     }
@@ -447,7 +542,7 @@ impl Snapshot {
             if catalog.mountpoint.is_empty() {
                 continue;
             }
-            let deadline = Deadline::after(std::time::Duration::from_secs(10));
+            let deadline = Deadline::after(Duration::from_secs(10));
             let Some(parent) = self.deepest_above(&catalog.mountpoint) else { continue };
             let nested =
                 self.with_catalog(&parent, deadline, |rows| Ok(rows.nested_at(&catalog.mountpoint)?));

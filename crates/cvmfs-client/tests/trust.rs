@@ -3,7 +3,6 @@
 
 mod support;
 
-use std::path::Path;
 use std::sync::Arc;
 
 use cvmfs_client::clock::{Clock, ManualClock, SystemClock};
@@ -13,10 +12,8 @@ use cvmfs_client::store::ObjectStore;
 use cvmfs_client::trust::{self, TrustError, Trusted};
 use cvmfs_format::compression::Compression;
 use cvmfs_format::hash::{HashAlgorithm, ObjectKind, ObjectName};
-use cvmfs_format::letter::seal;
-use cvmfs_format::manifest::Manifest;
-use cvmfs_format::signature::{Certificate, PrivateKey};
-use support::seconds;
+use cvmfs_format::signature::Certificate;
+use support::{manifest_of, republish, seconds};
 use testkit::{Fixture, Origin};
 
 struct Client {
@@ -41,21 +38,6 @@ impl Client {
     fn verify_or_last_good(&self) -> Result<Trusted, TrustError> {
         trust::verify_or_last_good(&self.store, &self.settings, self.clock.as_ref(), seconds(20))
     }
-}
-
-fn manifest_of(storage: &Path) -> Manifest {
-    Manifest::parse(&std::fs::read(storage.join(".cvmfspublished")).unwrap()).unwrap()
-}
-
-/// Changes the manifest and signs it with the repository's key.
-fn republish(fixture: &Fixture, change: impl FnOnce(&mut Manifest)) {
-    let key = fixture.keys.as_ref().unwrap().join(format!("{}.key", fixture.fqrn));
-    let key = PrivateKey::from_pem(&std::fs::read(key).unwrap()).unwrap();
-    let mut manifest = manifest_of(&fixture.storage);
-    change(&mut manifest);
-    let algorithm = manifest.root_catalog.algorithm;
-    let sealed = seal(manifest.to_text(), algorithm, |text| key.sign_manifest(text)).unwrap();
-    std::fs::write(fixture.storage.join(".cvmfspublished"), sealed).unwrap();
 }
 
 #[test]

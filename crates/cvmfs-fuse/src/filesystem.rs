@@ -130,7 +130,7 @@ impl Mount {
     }
 
     fn open(&self, id: u64, unique: u64, reply: ReplyOpen) {
-        let node = match self.view.node(id, Deadline::after(METADATA_DEADLINE)) {
+        let node = match self.view.usable_node(id, Deadline::after(METADATA_DEADLINE)) {
             Ok(node) => node,
             Err(error) => return reply.error(self.failed("open", id, None, &error)),
         };

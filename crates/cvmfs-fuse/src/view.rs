@@ -109,6 +109,12 @@ impl View {
         self.state.record_pin(&self.repository.snapshot().pinned());
     }
 
+    /// The node `id` for opening: like [`View::node`], but not of a revision that must not be used any more.
+    pub(crate) fn usable_node(&self, id: u64, deadline: Deadline) -> Result<Arc<Node>, ViewError> {
+        self.repository.check_usable()?;
+        self.node(id, deadline)
+    }
+
     /// Whether `id` is remembered and its children can be read without a fetch.
     pub(crate) fn is_loaded(&self, id: u64) -> bool {
         self.nodes.get(id).is_some_and(|node| self.repository.snapshot().is_loaded(&node.located))
@@ -165,6 +171,7 @@ impl View {
         name: &[u8],
         deadline: Deadline,
     ) -> Result<Option<Arc<Node>>, ViewError> {
+        self.repository.check_usable()?;
         if self.layer_view && layer_view::marker(name) != Marker::None {
             return Ok(None);
         }
@@ -187,6 +194,7 @@ impl View {
 
     /// The entries of `directory`.
     pub(crate) fn list(&self, directory: &Node, deadline: Deadline) -> Result<Arc<Listing>, ViewError> {
+        self.repository.check_usable()?;
         let known = self.listings.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, listing)) = known.iter().find(|(id, _)| *id == directory.id) {
             return Ok(listing.clone());

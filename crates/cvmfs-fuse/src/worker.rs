@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::process::ExitCode;
 use std::sync::{Arc, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cvmfs_client::clock::SystemClock;
 use cvmfs_client::config::{ClientSettings, Config};
@@ -35,8 +35,8 @@ const READERS: usize = 3;
 const REFRESH_DEADLINE: Duration = Duration::from_secs(30);
 /// A repository whose manifest asks for more frequent looks is looked at this often.
 const SHORTEST_TTL: Duration = Duration::from_secs(10);
-/// Pause before the next look after a failed one.
-const RETRY_REFRESH: Duration = Duration::from_secs(60);
+/// How soon a changed time between looks counts.
+const TTL_CHECK: Duration = Duration::from_secs(5);
 
 /// `FUSE_NOTIFY_INC_EPOCH`: all entries the kernel remembers are looked up again before
 /// their next use. Linux 6.16; older kernels answer EINVAL.
@@ -191,22 +191,26 @@ fn connect(mount: &Arc<Mount>, device: &OwnedFd) -> Result<Session<Adapter>, Fai
     Ok(session)
 }
 
-/// Looks for newer revisions as often as the manifest says, until `stopped` hangs up.
+/// Looks for newer revisions as often as the revision's publisher says, until `stopped` hangs up. Also a mount that
+/// shall not be updated looks at the blacklists.
 fn follow(mount: Arc<Mount>, device: OwnedFd, stopped: mpsc::Receiver<()>) -> std::thread::JoinHandle<()> {
     std::thread::spawn(move || {
-        if !mount.view.repository().settings().auto_update {
-            let _ = stopped.recv();
-            return;
-        }
-        let mut wait = mount.view.repository().ttl().max(SHORTEST_TTL);
-        while let Err(mpsc::RecvTimeoutError::Timeout) = stopped.recv_timeout(wait) {
-            wait = match refresh(&mount, &device) {
-                Ok(_) => mount.view.repository().ttl().max(SHORTEST_TTL),
-                Err(error) => {
-                    tracing::warn!(error = %chain(&error), "no newer revision could be had; staying");
-                    RETRY_REFRESH
-                }
-            };
+        let mut looked = Instant::now();
+        loop {
+            // The time may change while we wait: an administrator sets it, or a look on request fails.
+            let due = mount.view.repository().ttl().max(SHORTEST_TTL);
+            let wait = due.saturating_sub(looked.elapsed()).min(TTL_CHECK);
+            match stopped.recv_timeout(wait) {
+                Err(mpsc::RecvTimeoutError::Timeout) if looked.elapsed() < due => continue,
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+                _ => return,
+            }
+            if !mount.view.repository().settings().auto_update {
+                mount.view.repository().check_blacklists();
+            } else if let Err(error) = refresh(&mount, &device) {
+                tracing::warn!(error = %chain(&error), "no newer revision could be had; staying");
+            }
+            looked = Instant::now();
         }
     })
 }

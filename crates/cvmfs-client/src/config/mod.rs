@@ -14,6 +14,7 @@
 
 mod name;
 mod parameters;
+mod revision_settings;
 mod settings;
 mod syntax;
 
@@ -27,6 +28,7 @@ use std::time::Duration;
 
 pub use name::{expand_fqrn, validate_fqrn};
 pub use parameters::{Support, closest, support};
+pub use revision_settings::Selection;
 pub use settings::{ClientSettings, Proxy};
 
 /// Where the host keeps the configuration, and the prefix of paths in it.

@@ -25,7 +25,7 @@ const BOUNDED: Support = WithoutEffect("memory and descriptors are bounded by th
 #[rustfmt::skip]
 const PARAMETERS: &[(&str, Support)] = &[
     ("CVMFS_ALIEN_CACHE", NotSupported),
-    ("CVMFS_ALT_ROOT_PATH", NotSupported),
+    ("CVMFS_ALT_ROOT_PATH", Honoured),
     ("CVMFS_AUTHZ_HELPER", NotSupported),
     ("CVMFS_AUTHZ_SEARCH_PATH", NotSupported),
     ("CVMFS_AUTO_UPDATE", Honoured),
@@ -112,9 +112,9 @@ const PARAMETERS: &[(&str, Support)] = &[
     ("CVMFS_QUOTA_LIMIT", Honoured),
     ("CVMFS_RELOAD_SOCKETS", NO_LOADER),
     ("CVMFS_REPOSITORIES", NotSupported),
-    ("CVMFS_REPOSITORY_DATE", NotSupported),
-    ("CVMFS_REPOSITORY_TAG", NotSupported),
-    ("CVMFS_ROOT_HASH", NotSupported),
+    ("CVMFS_REPOSITORY_DATE", Honoured),
+    ("CVMFS_REPOSITORY_TAG", Honoured),
+    ("CVMFS_ROOT_HASH", Honoured),
     ("CVMFS_SEND_INFO_HEADER", NotSupported),
     ("CVMFS_SERVER_CACHE_MODE", NotSupported),
     ("CVMFS_SERVER_URL", Honoured),

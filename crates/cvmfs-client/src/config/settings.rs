@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{Config, ConfigError, Setting};
+use super::{Config, ConfigError, Selection, Setting, revision_settings};
 
 /// Bytes of the unit of `CVMFS_QUOTA_LIMIT`.
 const MEGABYTE: u64 = 1024 * 1024;
@@ -49,6 +49,10 @@ pub struct ClientSettings {
     pub host_reset_after: Duration,
     /// Whether redirects are followed.
     pub follow_redirects: bool,
+    /// Which revision is wanted.
+    pub selection: Selection,
+    /// Whether the root catalog of a fixed revision is fetched from its alternative path.
+    pub alternative_root: bool,
     /// Whether newer revisions are followed.
     pub auto_update: bool,
     /// Upper bound of the time for which a revision is relied on.
@@ -113,6 +117,8 @@ impl ClientSettings {
             proxy_reset_after: config.seconds("CVMFS_PROXY_RESET_AFTER", 300)?,
             host_reset_after: config.seconds("CVMFS_HOST_RESET_AFTER", 1800)?,
             follow_redirects: config.switch("CVMFS_FOLLOW_REDIRECTS", false)?,
+            selection: revision_settings::selection(config)?,
+            alternative_root: config.switch("CVMFS_ALT_ROOT_PATH", false)?,
             auto_update: config.switch("CVMFS_AUTO_UPDATE", true)?,
             max_ttl: max_ttl(config)?,
             kcache_timeout: kcache_timeout(config)?,

@@ -122,6 +122,22 @@ impl ObjectStore {
         size: Option<u64>,
         patience: impl Into<Patience<'a>>,
     ) -> Result<CachedFile, FetchError> {
+        self.object_at(name.path(), name, compression, size, patience)
+    }
+
+    /// The object `name` like [`ObjectStore::object`], fetched from `path` below the storage root if it is not in
+    /// the cache: some objects have a second, alternative path.
+    ///
+    /// # Errors
+    /// As [`ObjectStore::object`].
+    pub fn object_at<'a>(
+        &self,
+        path: String,
+        name: &ObjectName,
+        compression: Compression,
+        size: Option<u64>,
+        patience: impl Into<Patience<'a>>,
+    ) -> Result<CachedFile, FetchError> {
         let file = CacheName::object(&name.hash, compression);
         let is_database = matches!(name.kind, ObjectKind::Catalog | ObjectKind::History);
         let (size, hint) = if is_database { (None, size) } else { (size, None) };
@@ -136,7 +152,7 @@ impl ObjectStore {
             Some(error) => Err(error),
             None => {
                 let start = || -> futures_util::future::BoxFuture<'static, ObjectResult> {
-                    Box::pin(self.clone().download(wanted, key.0.clone()))
+                    Box::pin(self.clone().download(wanted, key.0.clone(), path.clone()))
                 };
                 let joined = self.0.objects.join(&key, &self.0.fetcher, patience.into(), start);
                 joined.unwrap_or_else(|leave| Err(self.0.fetcher.left(&describe(name), leave)))
@@ -221,7 +237,7 @@ impl ObjectStore {
         self.0.fetcher.status()
     }
 
-    async fn download(self, wanted: Wanted, file: CacheName) -> ObjectResult {
+    async fn download(self, wanted: Wanted, file: CacheName, path: String) -> ObjectResult {
         // Somebody may have stored it between our look and the start of this download.
         let name = &wanted.name;
         if let Some(found) = self.cached(name, &file, wanted.size) {
@@ -229,7 +245,7 @@ impl ObjectStore {
         }
         let txn = self.0.cache.begin(wanted.size).map_err(|error| stored(name, error))?;
         let mut sink = Verified::new(wanted, txn);
-        let request = Request { path: name.path(), object: describe(name), max: wanted.max_stored() };
+        let request = Request { path, object: describe(name), max: wanted.max_stored() };
         self.0.fetcher.transfer(&request, &mut sink, Deadline::after(LONGEST_DOWNLOAD)).await?;
         let stored_file = sink.into_target().commit(&file).map_err(|error| stored(name, error))?;
         Ok(Arc::new(stored_file))

@@ -48,6 +48,10 @@ impl Blacklist {
         if self.fingerprints.iter().any(|listed| certificate.fingerprint(listed.algorithm) == *listed) {
             return Err(TrustError::CertificateBlacklisted { fqrn: fqrn.to_owned() });
         }
+        self.check_revision(fqrn, revision)
+    }
+
+    pub(super) fn check_revision(&self, fqrn: &str, revision: u64) -> Result<(), TrustError> {
         let lowest = self.revisions.iter().filter(|(name, _)| name == fqrn).map(|(_, lowest)| *lowest).max();
         match lowest {
             Some(lowest) if revision < lowest => {

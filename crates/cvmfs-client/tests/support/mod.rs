@@ -12,6 +12,10 @@ use cvmfs_client::network::Fetcher;
 use cvmfs_client::store::ObjectStore;
 use cvmfs_format::compression::{Compression, Deflate};
 use cvmfs_format::hash::{ContentHash, HashAlgorithm, ObjectKind, ObjectName};
+use cvmfs_format::letter::seal;
+use cvmfs_format::manifest::Manifest;
+use cvmfs_format::signature::PrivateKey;
+use testkit::Fixture;
 
 /// The repository of tests that need no signatures.
 pub const FQRN: &str = "test.example.org";
@@ -85,6 +89,22 @@ impl Bench {
         let fetcher = Fetcher::new(&self.settings(servers, &[])).unwrap();
         ObjectStore::new(fetcher, Cache::open(cache, limit).unwrap())
     }
+}
+
+/// The manifest of a storage directory, unverified.
+pub fn manifest_of(storage: &Path) -> Manifest {
+    Manifest::parse(&std::fs::read(storage.join(".cvmfspublished")).unwrap()).unwrap()
+}
+
+/// Changes the manifest and signs it with the repository's key.
+pub fn republish(fixture: &Fixture, change: impl FnOnce(&mut Manifest)) {
+    let key = fixture.keys.as_ref().unwrap().join(format!("{}.key", fixture.fqrn));
+    let key = PrivateKey::from_pem(&std::fs::read(key).unwrap()).unwrap();
+    let mut manifest = manifest_of(&fixture.storage);
+    change(&mut manifest);
+    let algorithm = manifest.root_catalog.algorithm;
+    let sealed = seal(manifest.to_text(), algorithm, |text| key.sign_manifest(text)).unwrap();
+    std::fs::write(fixture.storage.join(".cvmfspublished"), sealed).unwrap();
 }
 
 /// Bytes that do not compress, different for each seed.
