@@ -5,6 +5,7 @@ mod bench;
 mod build;
 mod demo;
 mod dist;
+mod faults;
 mod plugin;
 mod scene;
 mod test;

@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail};
 
 use crate::build::cargo;
+use crate::faults::Rows;
 
 /// What the tests use beside the Rust tool chain: the engine and registry of the stories, the content of
 /// their images, the independent reader and publisher, and a C compiler for the bundled C libraries.
@@ -64,11 +65,13 @@ pub fn run(quick: bool) -> Result<()> {
             units.extend(["--exclude", package]);
         }
     }
-    tests(&mut total, "units", &units)?;
+    let mut rows = Rows::default();
+    tests(&mut total, &mut rows, "units", &units)?;
     if !quick {
         let stories = ["test", "--package", "stories", "--no-fail-fast", "--", STORY_THREADS];
-        tests(&mut total, "stories", &stories)?;
+        tests(&mut total, &mut rows, "stories", &stories)?;
     }
+    rows.print()?;
     finish(total)
 }
 
@@ -102,7 +105,7 @@ fn check(total: &mut Total, name: &str, arguments: &[&str]) -> Result<bool> {
 }
 
 /// Runs `cargo test …`, shows its output as it comes, and adds up the counts of all test programs.
-fn tests(total: &mut Total, name: &str, arguments: &[&str]) -> Result<()> {
+fn tests(total: &mut Total, rows: &mut Rows, name: &str, arguments: &[&str]) -> Result<()> {
     let started = Instant::now();
     println!("== {name}: cargo {}", arguments.join(" "));
     let mut child = merged(cargo(arguments)).stdout(Stdio::piped()).spawn().context("cannot run cargo")?;
@@ -111,6 +114,7 @@ fn tests(total: &mut Total, name: &str, arguments: &[&str]) -> Result<()> {
     for line in BufReader::new(output).split(b'\n') {
         let line = String::from_utf8_lossy(&line?).into_owned();
         println!("{line}");
+        rows.note(&line);
         if let Some(counts) = parse_result(&line) {
             here.passed += counts.passed;
             here.failed += counts.failed;

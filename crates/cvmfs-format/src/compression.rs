@@ -4,6 +4,7 @@
 //! marker or checksum is accepted, bytes after its end are ignored), because the hash and the expected size decide.
 //! The output is always bounded by the caller.
 
+use std::cell::RefCell;
 use std::fmt;
 use std::io;
 use std::str::FromStr;
@@ -231,13 +232,21 @@ impl Deflate {
     }
 }
 
+thread_local! {
+    /// Some hundred kilobytes: made once for each thread, for making it costs more than
+    /// compressing a small file.
+    static FAST: RefCell<libdeflater::Compressor> = RefCell::new(libdeflater::Compressor::new(
+        libdeflater::CompressionLvl::new(FAST_LEVEL).expect("level 6 exists"),
+    ));
+}
+
 fn fast(plain: &[u8]) -> Vec<u8> {
-    let level = libdeflater::CompressionLvl::new(FAST_LEVEL).expect("level 6 exists");
-    let mut compressor = libdeflater::Compressor::new(level);
-    let mut stream = vec![0; compressor.zlib_compress_bound(plain.len())];
-    let size = compressor.zlib_compress(plain, &mut stream).expect("the bound suffices for any input");
-    stream.truncate(size);
-    stream
+    FAST.with_borrow_mut(|compressor| {
+        let mut stream = vec![0; compressor.zlib_compress_bound(plain.len())];
+        let size = compressor.zlib_compress(plain, &mut stream).expect("the bound suffices for any input");
+        stream.truncate(size);
+        stream
+    })
 }
 
 impl FromStr for Deflate {

@@ -5,8 +5,8 @@
 //! same speed. A fixed threshold returns each to the system.
 #![allow(unsafe_code)]
 
-/// The allocator's own threshold at the start of a process, in bytes.
-const THRESHOLD: libc::c_int = 128 << 10;
+/// In bytes: above the states of compressors and small files, below chunks.
+const THRESHOLD: libc::c_int = 1 << 20;
 
 /// Fixes the size from which allocations are mappings of their own. Called before any thread starts.
 pub(crate) fn return_large_buffers() {

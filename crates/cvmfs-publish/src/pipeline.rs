@@ -89,9 +89,20 @@ struct State {
     hashes: Vec<Option<ContentHash>>,
     failure: Option<PublishError>,
     closed: bool,
+    /// Workers that wait for a job, and submitters that wait for room: who does not wait need
+    /// not be woken, which would be a system call for each small file.
+    idle_workers: usize,
+    waiting_submitters: usize,
 }
 
 impl State {
+    /// Whether a submitter who waits has so much to do now that waking it is worth while.
+    fn has_room(&self, max_bytes: u64) -> bool {
+        self.failure.is_some()
+            || self.jobs_in_flight == 0
+            || (self.queue.len() <= MAX_QUEUED / 2 && self.bytes_in_flight <= max_bytes / 2)
+    }
+
     /// The first caller gets the cause, later ones learn that there was one.
     fn check(&mut self) -> Result<(), PublishError> {
         let Some(failure) = self.failure.take() else { return Ok(()) };
@@ -152,7 +163,7 @@ impl Pipeline {
             && (state.queue.len() >= MAX_QUEUED
                 || (state.bytes_in_flight > 0 && state.bytes_in_flight + size > self.shared.max_bytes))
         {
-            state = self.shared.progress.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.shared.wait_for_progress(state);
         }
         state.check()?;
         let ticket = Ticket(u32::try_from(state.hashes.len()).map_err(|_| {
@@ -162,8 +173,11 @@ impl Pipeline {
         state.bytes_in_flight += size;
         state.jobs_in_flight += 1;
         state.queue.push_back(Job { ticket, kind, plain, encoding });
+        let wake = state.idle_workers > 0;
         drop(state);
-        self.shared.work.notify_one();
+        if wake {
+            self.shared.work.notify_one();
+        }
         Ok(ticket)
     }
 
@@ -171,7 +185,7 @@ impl Pipeline {
     pub(crate) fn wait(&self) -> Result<(), PublishError> {
         let mut state = self.shared.lock();
         while state.failure.is_none() && state.jobs_in_flight > 0 {
-            state = self.shared.progress.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.shared.wait_for_progress(state);
         }
         state.check()
     }
@@ -221,8 +235,11 @@ impl Shared {
             }
             state.bytes_in_flight -= size;
             state.jobs_in_flight -= 1;
+            let wake = state.waiting_submitters > 0 && state.has_room(self.max_bytes);
             drop(state);
-            self.progress.notify_all();
+            if wake {
+                self.progress.notify_all();
+            }
         }
     }
 
@@ -235,8 +252,17 @@ impl Shared {
             if state.closed {
                 return None;
             }
+            state.idle_workers += 1;
             state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.idle_workers -= 1;
         }
+    }
+
+    fn wait_for_progress<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        state.waiting_submitters += 1;
+        state = self.progress.wait(state).unwrap_or_else(PoisonError::into_inner);
+        state.waiting_submitters -= 1;
+        state
     }
 
     fn store(&self, job: Job) -> Result<ContentHash, PublishError> {
