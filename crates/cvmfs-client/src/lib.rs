@@ -8,11 +8,13 @@
 //! * [`cache`] keeps verified files on disk, within bounds;
 //! * [`store`] gives out objects by name: from the cache, or verified on the way into it;
 //! * [`trust`] decides which revision may be believed;
+//! * [`authz`] asks the helper program who may read a protected repository;
 //! * [`snapshot`] and [`repository`] answer look-ups in one pinned revision and follow new ones.
 //!
 //! Every call that may wait takes a [`deadline::Deadline`]. The calls block; the threads of the asynchronous runtime
 //! inside [`network`] are not visible.
 
+pub mod authz;
 pub mod cache;
 pub mod clock;
 pub mod config;

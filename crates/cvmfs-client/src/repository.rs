@@ -7,6 +7,7 @@ use std::time::Duration;
 use cvmfs_format::{Compression, ContentHash, ObjectKind, ObjectName};
 use serde::Serialize;
 
+use crate::authz::{Authorization, Caller, Credentials, Denial};
 use crate::clock::Clock;
 use crate::config::ClientSettings;
 use crate::deadline::Deadline;
@@ -35,6 +36,7 @@ pub struct Repository {
     settings: ClientSettings,
     store: ObjectStore,
     clock: Arc<dyn Clock>,
+    authorization: Authorization,
     state: RwLock<State>,
     older: Mutex<VecDeque<Arc<Snapshot>>>,
     refresh_turn: Mutex<()>,
@@ -151,6 +153,7 @@ impl Repository {
             online: true,
         };
         Ok(Repository {
+            authorization: Authorization::new(&settings.fqrn, settings.authorization.clone()),
             settings,
             store,
             clock,
@@ -212,6 +215,26 @@ impl Repository {
         match &self.state.read().unwrap_or_else(PoisonError::into_inner).refused {
             Some(error) => Err(ClientError::Refused(error.clone())),
             None => Ok(()),
+        }
+    }
+
+    /// Whether [`Repository::authorize`] answers for `caller` without asking the helper.
+    pub fn is_access_known(&self, caller: Caller) -> bool {
+        match self.snapshot().requirement() {
+            Some(requirement) => self.authorization.known(requirement, caller).is_some(),
+            None => true,
+        }
+    }
+
+    /// Whether `caller` may read the repository, and with which credentials it may ask for external data. In a
+    /// repository without requirement, everybody may.
+    ///
+    /// # Errors
+    /// [`Denial`], also if the helper cannot be asked.
+    pub fn authorize(&self, caller: Caller, deadline: Deadline) -> Result<Option<Arc<Credentials>>, Denial> {
+        match self.snapshot().requirement() {
+            Some(requirement) => self.authorization.check(requirement, caller, deadline),
+            None => Ok(None),
         }
     }
 

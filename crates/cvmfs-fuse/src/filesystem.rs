@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use cvmfs_client::authz::Caller;
 use cvmfs_client::deadline::Deadline;
 use cvmfs_format::catalog::EntryKind;
 use fuser::{
@@ -104,7 +105,10 @@ impl Mount {
         }
     }
 
-    fn getattr(&self, id: u64, reply: ReplyAttr) {
+    fn getattr(&self, id: u64, caller: Caller, reply: ReplyAttr) {
+        if let Err(errno) = self.authorize(caller) {
+            return reply.error(errno);
+        }
         match self.view.node(id, Deadline::after(METADATA_DEADLINE)) {
             Ok(node) => reply.attr(&self.options.kernel_cache, &self.attributes(&node)),
             Err(error) => reply.error(self.failed("attributes", id, None, &error)),
@@ -129,7 +133,10 @@ impl Mount {
             .map_err(|error| self.failed("listing", id, None, &error))
     }
 
-    fn open(&self, id: u64, unique: u64, reply: ReplyOpen) {
+    fn open(&self, id: u64, caller: Caller, unique: u64, reply: ReplyOpen) {
+        if let Err(errno) = self.authorize(caller) {
+            return reply.error(errno);
+        }
         let node = match self.view.usable_node(id, Deadline::after(METADATA_DEADLINE)) {
             Ok(node) => node,
             Err(error) => return reply.error(self.failed("open", id, None, &error)),
@@ -150,6 +157,12 @@ impl Mount {
             Ok(length) => reply.data(&buffer[..length]),
             Err(error) => reply.error(self.content_failed(&node, &error)),
         }
+    }
+
+    /// Checks the caller of a protected repository. A denial is logged where it is decided, and is no I/O error.
+    fn authorize(&self, caller: Caller) -> Result<(), Errno> {
+        let verdict = self.view.repository().authorize(caller, Deadline::after(METADATA_DEADLINE));
+        verdict.map(drop).map_err(|_| Errno::EACCES)
     }
 
     /// One log line per failure, with what an administrator needs to find the cause.
@@ -174,6 +187,10 @@ impl Mount {
         tracing::error!(what = "content", path, errno, error = %chain(error), "request failed");
         Errno::from_i32(errno)
     }
+}
+
+fn caller_of(request: &Request) -> Caller {
+    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid() }
 }
 
 fn answer_open(reply: ReplyOpen, handle: u64, mode: Mode) {
@@ -218,6 +235,11 @@ impl Adapter {
             let mount = self.0.clone();
             self.0.slow.run(move || answer(&mount));
         }
+    }
+
+    /// Whether the caller's access is decided without asking the authorisation helper.
+    fn is_access_known(&self, caller: Caller) -> bool {
+        self.0.view.repository().is_access_known(caller)
     }
 
     fn note(&self, request: &Request) {
@@ -266,7 +288,9 @@ impl fuser::Filesystem for Adapter {
 
     fn getattr(&self, request: &Request, node: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
         self.note(request);
-        self.answer(self.0.view.remembered(node.0).is_some(), move |mount| mount.getattr(node.0, reply));
+        let caller = caller_of(request);
+        let ready = self.0.view.remembered(node.0).is_some() && self.is_access_known(caller);
+        self.answer(ready, move |mount| mount.getattr(node.0, caller, reply));
     }
 
     fn readlink(&self, request: &Request, node: INodeNo, reply: ReplyData) {
@@ -282,7 +306,9 @@ impl fuser::Filesystem for Adapter {
         let unique = request.unique().0;
         let remembered = self.0.view.remembered(node.0);
         let cached = remembered.is_some_and(|node| self.0.content.is_cached(&node));
-        self.answer(cached, move |mount| mount.open(node.0, unique, reply));
+        let caller = caller_of(request);
+        let ready = cached && self.is_access_known(caller);
+        self.answer(ready, move |mount| mount.open(node.0, caller, unique, reply));
     }
 
     fn read(
@@ -330,7 +356,11 @@ impl fuser::Filesystem for Adapter {
         if self.0.view.changes() == 0 {
             flags |= FopenFlags::FOPEN_KEEP_CACHE;
         }
-        reply.opened(FileHandle(0), flags);
+        let caller = caller_of(request);
+        self.answer(self.is_access_known(caller), move |mount| match mount.authorize(caller) {
+            Ok(()) => reply.opened(FileHandle(0), flags),
+            Err(errno) => reply.error(errno),
+        });
     }
 
     fn readdir(
@@ -424,7 +454,11 @@ impl fuser::Filesystem for Adapter {
     fn getxattr(&self, request: &Request, node: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         self.note(request);
         let name = name.as_bytes().to_vec();
-        self.answer(self.0.view.is_loaded(node.0), move |mount| {
+        let caller = caller_of(request);
+        self.answer(self.0.view.is_loaded(node.0) && self.is_access_known(caller), move |mount| {
+            if let Err(errno) = mount.authorize(caller) {
+                return reply.error(errno);
+            }
             let value = mount
                 .view
                 .node(node.0, Deadline::after(METADATA_DEADLINE))

@@ -31,7 +31,10 @@ pub(crate) fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
         return Err(io::Error::from_raw_os_error(libc::EBADF));
     }
     // SAFETY: the descriptor is open, was passed for this purpose and is taken once at process start.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    let descriptor = unsafe { OwnedFd::from_raw_fd(fd) };
+    // Programs that this process starts must not hold the mount.
+    rustix::io::fcntl_setfd(&descriptor, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(descriptor)
 }
 
 /// Mounts a FUSE file system whose server is behind `device`.

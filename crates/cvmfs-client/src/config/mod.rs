@@ -12,6 +12,8 @@
 //! # Environment
 //! The process environment is not read: neither does it set parameters nor is it visible to `$NAME` in a file.
 
+mod authorization_settings;
+mod files;
 mod name;
 mod parameters;
 mod revision_settings;
@@ -20,12 +22,11 @@ mod syntax;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
 use std::time::Duration;
 
+use files::{MAX_FILE, is_absent, patiently, read_file};
 pub use name::{expand_fqrn, validate_fqrn};
 pub use parameters::{Support, closest, support};
 pub use revision_settings::Selection;
@@ -33,12 +34,8 @@ pub use settings::{ClientSettings, Proxy};
 
 /// Where the host keeps the configuration, and the prefix of paths in it.
 const ETC_CVMFS: &str = "/etc/cvmfs";
-/// Largest configuration file in bytes. Distributed ones have a few KiB; a log put there by mistake is refused.
-const MAX_FILE: u64 = 1024 * 1024;
 /// Most files of `default.d`, to bound start-up work.
 const MAX_DROP_INS: usize = 1024;
-/// Longest wait for the configuration repository: it is another mount, which may be slow or dead.
-const CONFIG_REPOSITORY_PATIENCE: Duration = Duration::from_secs(10);
 /// Most notices kept; a file full of rubbish says no more with its ten thousandth line.
 const MAX_NOTICES: usize = 1000;
 
@@ -115,6 +112,8 @@ pub enum NoticeKind {
     NotSupported,
     /// Shell syntax that was not executed.
     NotExecuted,
+    /// A name that one file sets twice.
+    Duplicate,
     /// The configuration repository was not read.
     ConfigRepository,
 }
@@ -207,6 +206,8 @@ pub struct Config {
     notices: Vec<Notice>,
     /// Set while files must not change `CVMFS_CONFIG_REPOSITORY` any more.
     config_repository_frozen: bool,
+    /// Files read by `.` so far.
+    includes: usize,
 }
 
 impl Config {
@@ -353,6 +354,7 @@ impl Config {
             values,
             notices: Vec::new(),
             config_repository_frozen: false,
+            includes: 0,
         }
     }
 
@@ -420,7 +422,7 @@ impl Config {
     }
 
     fn evaluate(&mut self, path: &Path, text: &str) {
-        syntax::evaluate(text, &mut FileScope { config: self, path });
+        files::evaluate(self, path, text);
     }
 
     /// Reads the three files of the configuration repository. It is another mount: reading it is given a limited
@@ -441,12 +443,7 @@ impl Config {
             }
         };
         let (domain, fqrn, inside) = (domain.to_owned(), self.fqrn.clone(), directory.clone());
-        let (sender, receiver) = mpsc::channel();
-        std::thread::spawn(move || {
-            // The receiver is gone if this took too long.
-            let _ = sender.send(SharedFiles::read(&inside, &domain, &fqrn));
-        });
-        match receiver.recv_timeout(CONFIG_REPOSITORY_PATIENCE).ok().flatten() {
+        match patiently(move || SharedFiles::read(&inside, &domain, &fqrn)).flatten() {
             Some(files) => Ok(files),
             None if required => {
                 Err(ConfigError::ConfigRepository { repository: setting.value, path: directory })
@@ -534,57 +531,6 @@ impl SharedFiles {
             repository: read(format!("config.d/{fqrn}.conf")),
         })
     }
-}
-
-/// The evaluation of one file.
-struct FileScope<'a> {
-    config: &'a mut Config,
-    path: &'a Path,
-}
-
-impl FileScope<'_> {
-    fn origin(&self, line: u32) -> Origin {
-        Origin::File { path: self.path.to_owned(), line }
-    }
-}
-
-impl syntax::Variables for FileScope<'_> {
-    fn value(&self, name: &str) -> Option<&str> {
-        self.config.get(name).map(|setting| setting.value.as_str())
-    }
-
-    fn assign(&mut self, name: &str, value: String, line: u32) {
-        let origin = self.origin(line);
-        if name == "CVMFS_CONFIG_REPOSITORY" && self.config.config_repository_frozen {
-            let message = "CVMFS_CONFIG_REPOSITORY cannot be changed after default.d: ignored".to_owned();
-            return self.config.notice(origin, NoticeKind::ConfigRepository, message);
-        }
-        if name == "CVMFS_FQRN" {
-            return;
-        }
-        self.config.insert(name, &value, origin);
-    }
-
-    fn report(&mut self, line: u32, problem: String) {
-        let origin = self.origin(line);
-        self.config.notice(origin, NoticeKind::NotExecuted, problem);
-    }
-}
-
-fn is_absent(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
-}
-
-/// The text of a file of bounded size. Bytes that are not UTF-8 occur in comments and are replaced.
-fn read_file(path: &Path) -> Result<String, ConfigError> {
-    let failed = |source| ConfigError::Read { path: path.to_owned(), source };
-    let file = File::open(path).map_err(failed)?;
-    let mut bytes = Vec::new();
-    file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(failed)?;
-    if bytes.len() as u64 > MAX_FILE {
-        return Err(ConfigError::TooLarge { path: path.to_owned() });
-    }
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ use Support::{Honoured, NotSupported, WithoutEffect};
 
 const THREADS: Support = WithoutEffect("threads are sized by the client itself");
 const NO_LOADER: Support = WithoutEffect("there is no separate loader process");
+const SHELL: Support = WithoutEffect("it is for the conditions in configuration files");
 const BOUNDED: Support = WithoutEffect("memory and descriptors are bounded by the client itself");
 
 /// Every parameter of the specification, sorted by name.
@@ -26,11 +27,12 @@ const BOUNDED: Support = WithoutEffect("memory and descriptors are bounded by th
 const PARAMETERS: &[(&str, Support)] = &[
     ("CVMFS_ALIEN_CACHE", NotSupported),
     ("CVMFS_ALT_ROOT_PATH", Honoured),
-    ("CVMFS_AUTHZ_HELPER", NotSupported),
-    ("CVMFS_AUTHZ_SEARCH_PATH", NotSupported),
+    ("CVMFS_AUTHZ_HELPER", Honoured),
+    ("CVMFS_AUTHZ_SEARCH_PATH", Honoured),
     ("CVMFS_AUTO_UPDATE", Honoured),
     ("CVMFS_BACKOFF_INIT", Honoured),
     ("CVMFS_BACKOFF_MAX", Honoured),
+    ("CVMFS_BASE_ENV", SHELL),
     ("CVMFS_BLACKLIST", Honoured),
     ("CVMFS_CACHE_ALIEN", NotSupported),
     ("CVMFS_CACHE_BASE", Honoured),
@@ -45,8 +47,9 @@ const PARAMETERS: &[(&str, Support)] = &[
     ("CVMFS_CATALOG_WATERMARK", BOUNDED),
     ("CVMFS_CHECK_PERMISSIONS", WithoutEffect("the kernel always checks permissions")),
     ("CVMFS_CLAIM_OWNERSHIP", NotSupported),
-    ("CVMFS_CLIENT_PROFILE", Honoured),
+    ("CVMFS_CLIENT_PROFILE", SHELL),
     ("CVMFS_CONFIG_REPOSITORY", Honoured),
+    ("CVMFS_CONFIG_REPO_DEFAULT_ENV", SHELL),
     ("CVMFS_CONFIG_REPO_REQUIRED", Honoured),
     ("CVMFS_CPU_AFFINITY", NotSupported),
     ("CVMFS_DEBUGLOG", NotSupported),
@@ -77,6 +80,7 @@ const PARAMETERS: &[(&str, Support)] = &[
     ("CVMFS_HTTP_PROXY", Honoured),
     ("CVMFS_HTTP_TRACING", NotSupported),
     ("CVMFS_HTTP_TRACING_HEADERS", NotSupported),
+    ("CVMFS_IGNORE_SIGNATURE", WithoutEffect("signatures are always verified")),
     ("CVMFS_INFLUX_EXTRA_FIELDS", NotSupported),
     ("CVMFS_INFLUX_EXTRA_TAGS", NotSupported),
     ("CVMFS_INFLUX_HOST", NotSupported),
@@ -136,9 +140,12 @@ const PARAMETERS: &[(&str, Support)] = &[
     ("CVMFS_TRACEBUFFER", NotSupported),
     ("CVMFS_TRACEBUFFER_THRESHOLD", NotSupported),
     ("CVMFS_TRACEFILE", NotSupported),
+    ("CVMFS_TRUSTED_CERTS", NotSupported),
     ("CVMFS_UID_MAP", NotSupported),
     ("CVMFS_USER", NotSupported),
+    ("CVMFS_USE_CDN", SHELL),
     ("CVMFS_USE_GEOAPI", NotSupported),
+    ("CVMFS_USE_OPENHTC", SHELL),
     ("CVMFS_USE_SSL_SYSTEM_CA", WithoutEffect("the system's and the public root certificates are always used")),
     ("CVMFS_USYSLOG", NotSupported),
     ("CVMFS_WORKSPACE", NotSupported),
@@ -149,10 +156,12 @@ const PARAMETERS: &[(&str, Support)] = &[
 
 /// What the client makes of the parameter `name`; `None` if the specification does not know it.
 ///
-/// Parameters of a named cache instance (`CVMFS_CACHE_<instance>_<property>`) are known and not supported.
+/// Parameters of a named cache instance (`CVMFS_CACHE_<instance>_<property>`) are known and not supported; what an
+/// authorisation helper makes of its own (`CVMFS_AUTHZ_<name>`) is up to it.
 pub fn support(name: &str) -> Option<Support> {
     match PARAMETERS.binary_search_by(|(known, _)| (*known).cmp(name)) {
         Ok(index) => PARAMETERS.get(index).map(|(_, support)| *support),
+        Err(_) if name.starts_with("CVMFS_AUTHZ_") => Some(Honoured),
         Err(_) => is_instance_parameter(name).then_some(NotSupported),
     }
 }

@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{Config, ConfigError, Selection, Setting, revision_settings};
+use super::{Config, ConfigError, Selection, Setting, authorization_settings, revision_settings};
+use crate::authz::AuthorizationSettings;
 
 /// Bytes of the unit of `CVMFS_QUOTA_LIMIT`.
 const MEGABYTE: u64 = 1024 * 1024;
@@ -53,6 +54,8 @@ pub struct ClientSettings {
     pub selection: Selection,
     /// Whether the root catalog of a fixed revision is fetched from its alternative path.
     pub alternative_root: bool,
+    /// Who decides about access to a protected repository.
+    pub authorization: AuthorizationSettings,
     /// Whether newer revisions are followed.
     pub auto_update: bool,
     /// Upper bound of the time for which a revision is relied on.
@@ -119,6 +122,7 @@ impl ClientSettings {
             follow_redirects: config.switch("CVMFS_FOLLOW_REDIRECTS", false)?,
             selection: revision_settings::selection(config)?,
             alternative_root: config.switch("CVMFS_ALT_ROOT_PATH", false)?,
+            authorization: authorization_settings::authorization(config)?,
             auto_update: config.switch("CVMFS_AUTO_UPDATE", true)?,
             max_ttl: max_ttl(config)?,
             kcache_timeout: kcache_timeout(config)?,

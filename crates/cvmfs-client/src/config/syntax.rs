@@ -1,17 +1,22 @@
 //! The shell-like syntax of configuration files, evaluated without a shell (client behaviour §1.2).
 //!
 //! The C++ client feeds each file to `/bin/sh`. Here a file is data: assignments with the shell's quoting,
-//! `$NAME`, `${NAME}` and `${NAME:-default}`, comments, `export`/`readonly`/`eval` in front of an assignment, and
-//! `if`/`elif`/`else`/`fi` over string tests, which is what distributed configuration uses. Everything else a
-//! shell could do (sourcing files, command substitution, loops, running programs) is not executed but reported
-//! with its line, and assignments that depend on it are left out.
+//! `$NAME`, `${NAME}`, `${NAME:-default}` and its like, `$((…))`, comments, `export`/`readonly`/`eval` in front of an
+//! assignment, `unset`, `if`/`elif`/`else`/`fi` over tests of strings, numbers and files and over a plain `grep -q`,
+//! `.` of another file, and `return`: what distributed configuration uses. Everything else a shell could do (command
+//! substitution, loops, running programs) is not executed but reported with its line, and assignments that depend on
+//! it are left out.
 //!
 //! Invariants: no input makes this module panic, recurse deeper than [`MAX_DEPTH`] or build a value longer than
 //! [`MAX_VALUE`].
 
+mod arithmetic;
+mod condition;
 mod lexer;
 
-use lexer::{Fragment, Token, TokenKind, Word};
+pub(super) use condition::FileTest;
+use condition::Grep;
+use lexer::{Fragment, SubstituteKind, Token, TokenKind, Word};
 
 /// Longest value of a parameter in bytes; the longest in the field are server lists of a few hundred.
 const MAX_VALUE: usize = 32 * 1024;
@@ -23,21 +28,47 @@ pub(super) trait Variables {
     /// The present value of `name`.
     fn value(&self, name: &str) -> Option<&str>;
     /// `name` was assigned in `line`.
-    fn assign(&mut self, name: &str, value: String, line: u32);
+    fn assign(&mut self, name: &str, value: String, line: u32, how: Assignment);
+    /// Evaluates the file `path`, as seen from the directory of the file at hand; false if that is not possible.
+    fn include(&mut self, path: &str, line: u32) -> Result<Flow, String>;
+    /// The answer to a question about a file.
+    fn test_file(&self, test: FileTest, path: &str) -> bool;
+    /// The text of a file; `None` if it cannot be read.
+    fn read_file(&self, path: &str) -> Option<String>;
     /// Something in `line` was not understood or not executed.
     fn report(&mut self, line: u32, problem: String);
 }
 
+/// How a name was assigned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Assignment {
+    /// Whatever the conditions, and not with the help of its former value.
+    Plain,
+    /// Inside of a condition, or with its former value.
+    Dependent,
+}
+
+/// How the evaluation of a file ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Flow {
+    /// At its end, or by `return`.
+    GoesOn,
+    /// By `exit`, which ends the files that include it too.
+    Exits,
+}
+
 /// Evaluates the text of one file.
-pub(super) fn evaluate(text: &str, variables: &mut dyn Variables) {
+pub(super) fn evaluate(text: &str, variables: &mut dyn Variables) -> Flow {
     let (tokens, problems) = lexer::tokens(text);
     for (line, problem) in problems {
         variables.report(line, problem.to_owned());
     }
-    let mut evaluator = Evaluator { tokens: &tokens, position: 0, depth: 0, variables };
+    let mut evaluator =
+        Evaluator { tokens: &tokens, position: 0, depth: 0, stopped: false, exits: false, variables };
     while let Some((line, word)) = evaluator.list(true, &[]).0 {
         evaluator.variables.report(line, format!("'{word}' without a matching 'if'"));
     }
+    if evaluator.exits { Flow::Exits } else { Flow::GoesOn }
 }
 
 /// Outcome of a command, as far as it is known without a shell.
@@ -59,6 +90,9 @@ struct Evaluator<'a> {
     tokens: &'a [Token],
     position: usize,
     depth: usize,
+    /// Whether the rest of the file is left out.
+    stopped: bool,
+    exits: bool,
     variables: &'a mut dyn Variables,
 }
 
@@ -179,16 +213,21 @@ impl Evaluator<'_> {
         if self.depth == MAX_DEPTH {
             self.variables
                 .report(line, format!("'if' nested deeper than {MAX_DEPTH}: rest of the file is skipped"));
-            self.position = self.tokens.len();
+            self.stop();
             return Status::Unknown;
         }
         self.depth += 1;
         let complete = self.branches(active);
         self.depth -= 1;
-        if !complete {
+        if !complete && !self.stopped {
             self.variables.report(line, "'if' without a matching 'then' or 'fi'".to_owned());
         }
         Status::True
+    }
+
+    fn stop(&mut self) {
+        self.stopped = true;
+        self.position = self.tokens.len();
     }
 
     /// The branches of an `if`; false if it is malformed. After a condition that is not known no branch is taken.
@@ -236,20 +275,33 @@ impl Evaluator<'_> {
             self.variables.report(line, "command expected".to_owned());
             return Status::Unknown;
         };
-        let prefixed = matches!(first.bare(), Some("export" | "readonly" | "eval"));
-        let assignments = if prefixed { words.get(1..).unwrap_or_default() } else { &words[..] };
+        let arguments = words.get(1..).unwrap_or_default();
         match first.bare() {
             Some("true" | ":") => Status::True,
             Some("false") => Status::False,
-            Some("!") => match self.test_command(words.get(1..).unwrap_or_default(), line) {
+            Some("!") => match self.condition(arguments, line) {
                 Status::True => Status::False,
                 Status::False => Status::True,
                 Status::Unknown => Status::Unknown,
             },
-            Some("[" | "[[" | "test") => self.test_command(&words, line),
+            Some("[" | "[[" | "test" | "grep") => self.condition(&words, line),
+            Some("." | "source") => self.include(arguments, line),
+            Some("return" | "exit") => {
+                self.exits = first.bare() == Some("exit");
+                self.stop();
+                Status::Unknown
+            }
+            Some("unset") if arguments.iter().all(|word| word.bare().is_some_and(is_name)) => {
+                for name in arguments.iter().filter_map(|word| word.bare()) {
+                    self.variables.assign(name, String::new(), line, Assignment::Dependent);
+                }
+                Status::True
+            }
             // `export NAME` of a name assigned elsewhere: everything is exported anyway.
-            _ if prefixed && assignments.iter().all(|word| word.bare().is_some_and(is_name)) => Status::True,
-            _ if assignments.iter().all(|word| word.assignment().is_some()) => self.assign(assignments, line),
+            Some("export" | "readonly" | "eval") if arguments.iter().all(|word| names_or_assigns(word)) => {
+                self.assign(arguments, line)
+            }
+            _ if words.iter().all(|word| word.assignment().is_some()) => self.assign(&words, line),
             _ => {
                 let text = first.bare().unwrap_or("…");
                 let hint = if text.contains("://") { " (a value with ';' or '|' needs quotes)" } else { "" };
@@ -262,11 +314,15 @@ impl Evaluator<'_> {
     fn assign(&mut self, words: &[&Word], line: u32) -> Status {
         for word in words {
             let Some((name, fragments)) = word.assignment() else { continue };
-            match self.expand(&fragments) {
+            match self.expand(&fragments, line) {
                 // The C++ client prints the value with an unquoted `echo`: runs of blanks collapse.
                 Ok(value) => {
                     let value = value.split_ascii_whitespace().collect::<Vec<_>>().join(" ");
-                    self.variables.assign(name, value, line);
+                    let how = match self.depth == 0 && !mentions(&fragments, name) {
+                        true => Assignment::Plain,
+                        false => Assignment::Dependent,
+                    };
+                    self.variables.assign(name, value, line, how);
                 }
                 Err(problem) => {
                     self.variables.report(line, format!("{name} is not set here: {problem}"));
@@ -277,10 +333,29 @@ impl Evaluator<'_> {
         Status::True
     }
 
-    fn test_command(&mut self, words: &[&Word], line: u32) -> Status {
+    fn include(&mut self, arguments: &[&Word], line: u32) -> Status {
+        let included = match arguments {
+            [path] => self.expand(&path.fragments, line).and_then(|path| self.variables.include(&path, line)),
+            _ => Err("exactly one file can be read".to_owned()),
+        };
+        match included {
+            Ok(Flow::GoesOn) => Status::True,
+            Ok(Flow::Exits) => {
+                self.exits = true;
+                self.stop();
+                Status::Unknown
+            }
+            Err(problem) => {
+                self.variables.report(line, format!("file is not read here: {problem}"));
+                Status::Unknown
+            }
+        }
+    }
+
+    fn condition(&mut self, words: &[&Word], line: u32) -> Status {
         let mut arguments = Vec::with_capacity(words.len());
         for word in words {
-            match self.expand(&word.fragments) {
+            match self.expand(&word.fragments, line) {
                 Ok(text) => arguments.push(text),
                 Err(problem) => {
                     self.variables.report(line, format!("condition is not evaluated: {problem}"));
@@ -288,48 +363,66 @@ impl Evaluator<'_> {
                 }
             }
         }
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        let inner = match arguments.as_slice() {
-            ["[", inner @ .., "]"] | ["[[", inner @ .., "]]"] | ["test", inner @ ..] => inner,
-            _ => {
-                self.variables
-                    .report(line, "condition is not evaluated: only '[ … ]' is understood".to_owned());
-                return Status::Unknown;
+        match self.holds(&arguments) {
+            Ok(holds) => Status::from(holds),
+            Err(problem) => {
+                self.variables.report(line, format!("condition is not evaluated: {problem}"));
+                Status::Unknown
             }
-        };
-        let (negated, inner) = match inner {
-            ["!", rest @ ..] if !rest.is_empty() => (true, rest),
-            _ => (false, inner),
-        };
-        let holds = match inner {
-            [] => false,
-            [text] => !text.is_empty(),
-            ["-z", text] => text.is_empty(),
-            ["-n", text] => !text.is_empty(),
-            [left, "=" | "==", right] => left == right,
-            [left, "!=", right] => left != right,
-            _ => {
-                self.variables.report(
-                    line,
-                    "condition is not evaluated: only -z, -n, = and != are understood".to_owned(),
-                );
-                return Status::Unknown;
-            }
-        };
-        Status::from(holds != negated)
+        }
     }
 
-    fn expand(&self, fragments: &[Fragment]) -> Result<String, String> {
+    fn holds(&self, arguments: &[String]) -> Result<bool, String> {
+        if let [command, rest @ ..] = arguments
+            && command == "grep"
+        {
+            let grep = Grep::parse(rest)
+                .ok_or("only 'grep -q TEXT FILE' with plain alternatives is understood, 'grep' is not run")?;
+            return Ok(self.variables.read_file(&grep.file).is_some_and(|text| grep.matches(&text)));
+        }
+        let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let inside = match words.as_slice() {
+            ["[", inside @ .., "]"] | ["[[", inside @ .., "]]"] | ["test", inside @ ..] => inside,
+            _ => return Err("only '[ … ]' is understood".to_owned()),
+        };
+        condition::holds(inside, &|test, path| self.variables.test_file(test, path)).ok_or_else(|| {
+            "only tests of strings (-z -n = !=), numbers (-eq -ne -lt -le -gt -ge) and files (-e -f -d -r -s) \
+             are understood"
+                .to_owned()
+        })
+    }
+
+    fn expand(&mut self, fragments: &[Fragment], line: u32) -> Result<String, String> {
         let mut value = String::new();
         for fragment in fragments {
             match fragment {
                 Fragment::Text { text, .. } => value.push_str(text),
-                Fragment::Variable { name, default } => match (self.variables.value(name), default) {
-                    (Some(text), None) => value.push_str(text),
-                    (Some(text), Some(_)) if !text.is_empty() => value.push_str(text),
-                    (_, Some(default)) => value.push_str(default),
-                    (None, None) => {}
-                },
+                Fragment::Variable { name, substitute: None } => {
+                    value.push_str(self.variables.value(name).unwrap_or_default());
+                }
+                Fragment::Variable { name, substitute: Some(substitute) } => {
+                    let known = self.variables.value(name).map(str::to_owned);
+                    let known = known.filter(|text| !(substitute.colon && text.is_empty()));
+                    match (substitute.kind, known) {
+                        (SubstituteKind::Alternative, None) => {}
+                        (SubstituteKind::Default | SubstituteKind::Assign, Some(text)) => {
+                            value.push_str(&text);
+                        }
+                        (kind, _) => {
+                            let text = self.expand(&substitute.text, line)?;
+                            value.push_str(&text);
+                            if kind == SubstituteKind::Assign {
+                                self.variables.assign(name, text, line, Assignment::Dependent);
+                            }
+                        }
+                    }
+                }
+                Fragment::Arithmetic(expression) => {
+                    let number = |name: &str| self.variables.value(name)?.trim().parse().ok();
+                    let result = arithmetic::evaluate(expression, &number)
+                        .ok_or_else(|| format!("'{}' is not understood", expression.escape_debug()))?;
+                    value.push_str(&result.to_string());
+                }
                 Fragment::Unsupported(what) => return Err(format!("{what} is not executed")),
             }
             if value.len() > MAX_VALUE {
@@ -338,6 +431,20 @@ impl Evaluator<'_> {
         }
         Ok(value)
     }
+}
+
+fn names_or_assigns(word: &Word) -> bool {
+    word.bare().is_some_and(is_name) || word.assignment().is_some()
+}
+
+/// Whether a value uses the variable `name`.
+fn mentions(fragments: &[Fragment], wanted: &str) -> bool {
+    fragments.iter().any(|fragment| match fragment {
+        Fragment::Variable { name, substitute } => {
+            name == wanted || substitute.as_ref().is_some_and(|inside| mentions(&inside.text, wanted))
+        }
+        _ => false,
+    })
 }
 
 fn block_word(word: &str) -> Option<&'static str> {
@@ -365,8 +472,21 @@ mod tests {
         fn value(&self, name: &str) -> Option<&str> {
             self.values.get(name).map(String::as_str)
         }
-        fn assign(&mut self, name: &str, value: String, _line: u32) {
+        fn assign(&mut self, name: &str, value: String, _line: u32, _: Assignment) {
             self.values.insert(name.to_owned(), value);
+        }
+        fn include(&mut self, path: &str, _line: u32) -> Result<Flow, String> {
+            match path {
+                "../common.conf" => Ok(evaluate("COMMON=yes\nreturn\nCOMMON=no", self)),
+                "end.conf" => Ok(evaluate("exit 0", self)),
+                _ => Err(format!("{path} does not exist")),
+            }
+        }
+        fn test_file(&self, _: FileTest, path: &str) -> bool {
+            path == "/etc/debian_version"
+        }
+        fn read_file(&self, path: &str) -> Option<String> {
+            (path == "/etc/debian_version").then(|| "12.5\n".to_owned())
         }
         fn report(&mut self, line: u32, problem: String) {
             self.problems.push((line, problem));
@@ -417,6 +537,29 @@ mod tests {
             ("X=crlf\r\nA=b\r\n", "crlf"),
             ("X='a=b'", "a=b"),
             ("X=http://h:80/cvmfs/@fqrn@", "http://h:80/cvmfs/@fqrn@"),
+            ("X=\"${X:=DIRECT}\"", "DIRECT"),
+            ("export X=${X:=default}", "default"),
+            ("A=${X:=kept}", "kept"),
+            ("A=a\nX=${A:+is set}", "is set"),
+            ("X=${A:+is set}", ""),
+            ("A=\nX=${A-unset}", ""),
+            ("B=b\nX=\"${A:-${B}/c}\"", "b/c"),
+            ("X=$((2 * (3 + 4)))", "14"),
+            ("A=5\nX=$((A % 2))", "1"),
+            ("export A X=1", "1"),
+            ("X=1\nunset X", ""),
+            ("X=1\nreturn\nX=2", "1"),
+            ("if [ -z \"$A\" ]; then X=1; return; X=2; fi\nX=3", "1"),
+            ("X=1\nif [ -n \"$A\" ]; then return; fi\nX=2", "2"),
+            (". ../common.conf\nX=$COMMON", "yes"),
+            ("X=1\n. end.conf\nX=2", "1"),
+            ("A=5\nif [ -z $A ] || [ $A -lt 10 ]; then X=10; fi", "10"),
+            (
+                "if [ -f /etc/debian_version ] && grep -q \"wheezy\\|jessie\" /etc/debian_version;\nthen\n  :\nelse\n  X=new\nfi",
+                "new",
+            ),
+            ("if [ -f /absent ] && grep -q x /absent; then X=1; else X=2; fi", "2"),
+            ("if [ \"$((RANDOM % 2))\" -eq 1 ]; then X=1; else X=2; fi", "2"),
         ];
         for (text, expected) in table {
             let shell = run(text);
@@ -453,8 +596,8 @@ mod tests {
     #[test]
     fn shell_constructs_are_reported_with_their_line_and_not_executed() {
         let table = [
-            ("A=1\n. /etc/other", 2, "'.'"),
-            ("source /etc/other", 1, "'source'"),
+            ("A=1\n. /etc/other", 2, "/etc/other does not exist"),
+            ("source /etc/other", 1, "/etc/other does not exist"),
             ("X=http://a/b;http://c/d", 1, "needs quotes"),
             ("X=$(hostname)", 1, "X is not set"),
             ("X=`hostname`", 1, "X is not set"),
@@ -463,8 +606,9 @@ mod tests {
             ("for i in 1 2; do\n X=$i\ndone", 1, "'for'"),
             ("case $A in\n a) X=1 ;;\nesac", 1, "'case'"),
             ("f() {\n X=1\n}", 1, "'f'"),
-            ("if [ -f /etc/x ]; then X=1; else X=2; fi", 1, "condition"),
-            ("if grep -q x /etc/x; then X=1; fi", 1, "'grep'"),
+            ("if [ /etc/x -nt /etc/y ]; then X=1; else X=2; fi", 1, "condition"),
+            ("if grep -c x /etc/x; then X=1; fi", 1, "'grep'"),
+            ("X=$((1 << 2))", 1, "X is not set"),
             ("echo a | sed b", 1, "'|'"),
             ("X=\"not closed\nB=1", 1, "quote"),
             ("A=1\nfi", 2, "without a matching 'if'"),

@@ -279,3 +279,146 @@ fn the_default_domain_is_known_before_the_repository() {
     ]);
     assert_eq!(Config::default_domain(&etc.sources()).unwrap().as_deref(), Some("desy.de"));
 }
+
+/// The forms that the distributed configuration of the C++ client and of its configuration repositories consist of.
+#[test]
+fn distributed_configuration_has_its_values_without_a_shell() {
+    let cvmfs = tempfile::tempdir().unwrap();
+    let shared = cvmfs.path().join("config.example.org/etc/cvmfs");
+    for (name, text) in [
+        (
+            "common.conf",
+            "if [ \"$CVMFS_CLIENT_PROFILE\" = \"single\" ]; then\n  if [ \"$CVMFS_HTTP_PROXY\" = \"\" ]; then\n    \
+             CVMFS_HTTP_PROXY=\"auto;DIRECT\"\n  fi\nfi\nif [ -z \"$CVMFS_USE_CDN\" ]; then\n  \
+             if [ \"$CVMFS_HTTP_PROXY\" = \"DIRECT\" ] || [ \"$CVMFS_HTTP_PROXY\" = \"auto;DIRECT\" ]; then\n    \
+             CVMFS_USE_CDN=yes\n  fi\nfi\n",
+        ),
+        (
+            "default.conf",
+            "if [ -z \"$CVMFS_PAC_URLS\" ]; then\n  if [ \"$((RANDOM % 2))\" -eq 1 ]; then\n    \
+             CVMFS_PAC_URLS=\"http://one;http://two\"\n  else\n    CVMFS_PAC_URLS=\"http://two;http://one\"\n  fi\nfi\n",
+        ),
+        (
+            "domain.d/example.org.conf",
+            "CVMFS_USE_CDN=\"$CVMFS_USE_CDN\"\nCVMFS_HTTP_PROXY=\"$CVMFS_HTTP_PROXY\"\n. ../common.conf\n\
+             if [ \"$CVMFS_USE_CDN\" = \"yes\" ]; then\n  CVMFS_SERVER_URL=\"http://cdn/cvmfs/@fqrn@\"\nelse\n  \
+             CVMFS_SERVER_URL=\"http://s1/cvmfs/@fqrn@\"\nfi\n\
+             CVMFS_KEYS_DIR=$CVMFS_MOUNT_DIR/$CVMFS_CONFIG_REPOSITORY/etc/cvmfs/keys/example.org\n",
+        ),
+        (
+            "config.d/a.example.org.conf",
+            "if [ -z $CVMFS_NFILES ] || [ $CVMFS_NFILES -lt 524288 ]; then\n  CVMFS_NFILES=524288\nfi\n",
+        ),
+    ] {
+        std::fs::create_dir_all(shared.join(name).parent().unwrap()).unwrap();
+        std::fs::write(shared.join(name), text).unwrap();
+    }
+    let base = format!(
+        "CVMFS_CLIENT_PROFILE=\nCVMFS_QUOTA_LIMIT=4000\nif [ \"x$CVMFS_BASE_ENV\" = \"x\" ]; then\n  \
+         readonly CVMFS_MOUNT_DIR={}\n  readonly CVMFS_BASE_ENV=1\nfi\n",
+        cvmfs.path().display()
+    );
+    let package = "CVMFS_CONFIG_REPO_DEFAULT_ENV=\n\
+        if [ -f /etc/no/such/debian ] && grep -q \"wheezy\\|jessie\" /etc/no/such/debian;\nthen\n    :\nelse\n    \
+        CVMFS_CONFIG_REPOSITORY=config.example.org\nfi\nCVMFS_DEFAULT_DOMAIN=example.org\n";
+    let outdated = "if [ \"$CVMFS_USE_CDN\" != \"\" ]; then\n  return\nfi\nCVMFS_SERVER_URL=http://old\n";
+    let etc = Etc::new(&[
+        ("default.conf", &base),
+        ("default.d/50-package.conf", package),
+        ("default.local", "CVMFS_CLIENT_PROFILE=single\n"),
+        ("domain.d/example.org.conf", outdated),
+    ]);
+    let config = etc.load("a.example.org");
+    assert_eq!(value(&config, "CVMFS_HTTP_PROXY"), Some("auto;DIRECT"));
+    assert_eq!(value(&config, "CVMFS_PAC_URLS"), Some("http://two;http://one"));
+    assert_eq!(value(&config, "CVMFS_SERVER_URL"), Some("http://cdn/cvmfs/a.example.org"));
+    assert_eq!(value(&config, "CVMFS_NFILES"), Some("524288"));
+    let keys = shared.join("keys/example.org");
+    assert_eq!(value(&config, "CVMFS_KEYS_DIR"), keys.to_str());
+    let foreign = |notice: &&Notice| notice.kind != NoticeKind::NotSupported;
+    assert_eq!(config.notices().iter().filter(foreign).collect::<Vec<_>>(), [] as [&Notice; 0]);
+    let origin = config.get("CVMFS_USE_CDN").unwrap().origin.to_string();
+    assert!(origin.ends_with("etc/cvmfs/common.conf:8"), "{origin}");
+}
+
+#[test]
+fn row_70_each_mistake_in_a_file_is_reported_with_its_line() {
+    for (text, words) in [
+        (
+            "A=1\nCVMFS_HTTP_PROXI=x\n",
+            ":2: unknown parameter CVMFS_HTTP_PROXI; did you mean CVMFS_HTTP_PROXY?",
+        ),
+        (
+            "CVMFS_TIMEOUT=5\nA=b\nCVMFS_TIMEOUT=6\n",
+            ":3: CVMFS_TIMEOUT was already set in line 1 of this file",
+        ),
+        ("\n. ./default.local\n", ":2: file is not read here: "),
+        (". other.conf\n", "other.conf:1: file is not read here: "),
+        (". absent.conf\n", ":1: file is not read here: cannot read configuration file "),
+        (". /dev/zero\n", "not a regular file"),
+        ("X='open\n", ":1: quote is not closed in this line"),
+        ("CVMFS_TIMEOUT = 5\n", ":1: shell command 'CVMFS_TIMEOUT' is not executed"),
+        ("CVMFS_SERVER_URL=http://a;http://b\n", "needs quotes"),
+    ] {
+        let etc = Etc::new(&[("default.local", text), ("other.conf", ". default.local\n")]);
+        let config = etc.load("a.example.org");
+        let notices: Vec<String> = config.notices().iter().map(ToString::to_string).collect();
+        assert!(notices.iter().any(|notice| notice.contains(words)), "{text:?}: {notices:?}");
+    }
+}
+
+#[test]
+fn row_70_a_value_of_the_wrong_type_or_with_a_unit_is_refused_with_its_line() {
+    for bad in
+        ["CVMFS_QUOTA_LIMIT=4GB", "CVMFS_TIMEOUT=5s", "CVMFS_SHARED_CACHE=ja", "CVMFS_MAX_RETRIES=many"]
+    {
+        let mut files = MINIMAL.to_vec();
+        let text = format!("# a comment\n{bad}\n");
+        files.push(("config.d/a.example.org.local", &text));
+        let etc = Etc::new(&files);
+        let error = ClientSettings::from(&etc.load("a.example.org")).unwrap_err().to_string();
+        assert!(error.contains("a.example.org.local:2: ") && error.contains(bad), "{error}");
+    }
+}
+
+#[test]
+fn row_70_a_file_that_is_far_too_large_or_a_pipe_is_refused_at_once() {
+    let etc = Etc::new(&[]);
+    let file = std::fs::File::create(etc.0.path().join("default.conf")).unwrap();
+    file.set_len(10 << 20).unwrap();
+    let error = Config::load("a.example.org", &etc.sources()).unwrap_err().to_string();
+    assert!(error.contains("default.conf is larger than 1048576 bytes"), "{error}");
+    let etc = Etc::new(&[]);
+    let pipe = etc.0.path().join("default.local");
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    let error = Config::load("a.example.org", &etc.sources()).unwrap_err().to_string();
+    assert!(error.contains("default.local: not a regular file"), "{error}");
+}
+
+#[test]
+fn row_70_files_that_include_each_other_end() {
+    let etc = Etc::new(&[
+        ("default.conf", ". a.conf\n. a.conf\nEND=yes\n"),
+        ("a.conf", ". b.conf\n. b.conf\n. b.conf\n"),
+        ("b.conf", ". c.conf\n. c.conf\n. c.conf\n. a.conf\n"),
+        ("c.conf", ". d.conf\n. d.conf\n. d.conf\n. d.conf\n"),
+        ("d.conf", ". e.conf\n. e.conf\n. e.conf\n. e.conf\n"),
+        ("e.conf", "X=$X.\n"),
+    ]);
+    let config = etc.load("a.example.org");
+    assert_eq!(value(&config, "END"), Some("yes"));
+    assert!(value(&config, "X").unwrap().len() <= 256);
+    assert!(config.notices().iter().any(|notice| notice.message.contains("includes itself")));
+    assert!(config.notices().iter().any(|notice| notice.message.contains("too many files")));
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+    #[test]
+    fn row_70_no_file_makes_the_configuration_panic(text in "(\\PC{0,40}\n){0,20}") {
+        let etc = Etc::new(&[("default.local", &text)]);
+        if let Ok(config) = Config::load("a.example.org", &etc.sources()) {
+            let _ = ClientSettings::from(&config);
+        }
+    }
+}

@@ -1,5 +1,8 @@
 //! Cuts the text of a configuration file into words and operators.
 
+/// Deepest nesting of `${…}`; bounds the recursion here and where values are expanded.
+const MAX_DEPTH: usize = 8;
+
 /// One token and the line it starts in, counted from 1.
 #[derive(Debug)]
 pub(super) struct Token {
@@ -32,10 +35,31 @@ pub(super) enum Fragment {
     },
     Variable {
         name: String,
-        default: Option<String>,
+        substitute: Option<Substitute>,
     },
+    /// The inside of `$((…))`.
+    Arithmetic(String),
     /// An expansion that only a shell could execute.
     Unsupported(&'static str),
+}
+
+/// What is written instead of a variable's value, or in addition to its look-up: `${NAME:-text}` and its like.
+#[derive(Debug, Clone)]
+pub(super) struct Substitute {
+    pub(super) kind: SubstituteKind,
+    /// With the colon an empty value counts as none.
+    pub(super) colon: bool,
+    pub(super) text: Vec<Fragment>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SubstituteKind {
+    /// `-`: if there is no value.
+    Default,
+    /// `=`: likewise, and the variable is set to it.
+    Assign,
+    /// `+`: if there is a value.
+    Alternative,
 }
 
 impl Word {
@@ -69,7 +93,7 @@ impl Word {
 
 /// The tokens of `text` and what was wrong with it.
 pub(super) fn tokens(text: &str) -> (Vec<Token>, Vec<(u32, &'static str)>) {
-    let mut lexer = Lexer { rest: text.chars().peekable(), line: 1, problems: Vec::new() };
+    let mut lexer = Lexer { rest: text.chars().peekable(), line: 1, depth: 0, problems: Vec::new() };
     let mut tokens = Vec::new();
     while let Some(token) = lexer.token() {
         tokens.push(token);
@@ -80,6 +104,8 @@ pub(super) fn tokens(text: &str) -> (Vec<Token>, Vec<(u32, &'static str)>) {
 struct Lexer<'a> {
     rest: std::iter::Peekable<std::str::Chars<'a>>,
     line: u32,
+    /// Nesting of `${…}`.
+    depth: usize,
     problems: Vec<(u32, &'static str)>,
 }
 
@@ -229,8 +255,11 @@ impl Lexer<'_> {
         self.rest.next();
         match self.rest.peek() {
             Some('(') => {
-                self.parentheses();
-                word.fragments.push(Fragment::Unsupported("command substitution"));
+                let inside = self.parentheses();
+                word.fragments.push(match inside.strip_prefix('(').and_then(|text| text.strip_suffix(')')) {
+                    Some(expression) => Fragment::Arithmetic(expression.to_owned()),
+                    None => Fragment::Unsupported("command substitution"),
+                });
             }
             Some('{') => {
                 self.rest.next();
@@ -239,7 +268,7 @@ impl Lexer<'_> {
             }
             Some(letter) if letter.is_ascii_alphabetic() || *letter == '_' => {
                 let name = self.name();
-                word.fragments.push(Fragment::Variable { name, default: None });
+                word.fragments.push(Fragment::Variable { name, substitute: None });
             }
             Some(letter) if letter.is_ascii_digit() || "?*@#!$-".contains(*letter) => {
                 self.rest.next();
@@ -249,7 +278,9 @@ impl Lexer<'_> {
         }
     }
 
-    fn parentheses(&mut self) {
+    /// What stands between a parenthesis and its counterpart, or up to the line's end.
+    fn parentheses(&mut self) -> String {
+        let mut inside = String::new();
         let mut depth = 0_u32;
         while let Some(letter) = self.rest.next_if(|letter| *letter != '\n') {
             match letter {
@@ -258,9 +289,12 @@ impl Lexer<'_> {
                 _ => {}
             }
             if depth == 0 {
-                return;
+                inside.remove(0);
+                return inside;
             }
+            inside.push(letter);
         }
+        inside
     }
 
     fn name(&mut self) -> String {
@@ -276,28 +310,76 @@ impl Lexer<'_> {
     fn braces(&mut self) -> Fragment {
         let name = self.name();
         let mut rest = String::new();
-        let mut closed = false;
+        let mut open = 1_u32;
         while let Some(letter) = self.rest.next_if(|letter| *letter != '\n') {
-            if letter == '}' {
-                closed = true;
+            match letter {
+                '{' => open += 1,
+                '}' => open -= 1,
+                _ => {}
+            }
+            if open == 0 {
                 break;
             }
             rest.push(letter);
         }
-        if !closed {
+        if open > 0 {
             self.problems.push((self.line, "'${' is not closed in this line"));
         }
-        if name.is_empty() || !closed {
+        if name.is_empty() || open > 0 {
             return Fragment::Unsupported("this expansion");
         }
         if rest.is_empty() {
-            return Fragment::Variable { name, default: None };
+            return Fragment::Variable { name, substitute: None };
         }
-        match rest.strip_prefix(":-") {
-            Some(default) if !default.contains(['$', '`', '"', '\'', '\\']) => {
-                Fragment::Variable { name, default: Some(default.to_owned()) }
+        match self.substitute(&rest) {
+            Some(substitute) => Fragment::Variable { name, substitute: Some(substitute) },
+            None => Fragment::Unsupported("this expansion"),
+        }
+    }
+
+    fn substitute(&mut self, text: &str) -> Option<Substitute> {
+        let (colon, text) = match text.strip_prefix(':') {
+            Some(text) => (true, text),
+            None => (false, text),
+        };
+        let mut letters = text.chars();
+        let kind = match letters.next()? {
+            '-' => SubstituteKind::Default,
+            '=' => SubstituteKind::Assign,
+            '+' => SubstituteKind::Alternative,
+            _ => return None,
+        };
+        if self.depth == MAX_DEPTH {
+            return None;
+        }
+        let rest = letters.as_str().chars().peekable();
+        let mut inner = Lexer { rest, line: self.line, depth: self.depth + 1, problems: Vec::new() };
+        let fragments = inner.text();
+        self.problems.append(&mut inner.problems);
+        Some(Substitute { kind, colon, text: fragments })
+    }
+
+    /// All that is left as one word, in which blanks and operators have no meaning.
+    fn text(&mut self) -> Vec<Fragment> {
+        let mut word = Word::default();
+        while let Some(&letter) = self.rest.peek() {
+            match letter {
+                '\'' => self.single_quotes(&mut word),
+                '"' => self.double_quotes(&mut word),
+                '$' => self.dollar(&mut word, true),
+                '`' => self.backticks(&mut word),
+                '\\' => {
+                    self.rest.next();
+                    if let Some(escaped) = self.rest.next() {
+                        word.push(escaped, true);
+                    }
+                }
+                _ => {
+                    self.rest.next();
+                    word.push(letter, true);
+                }
             }
-            _ => Fragment::Unsupported("this expansion"),
         }
+        word.fragments
     }
 }
