@@ -317,6 +317,16 @@ impl ObjectName {
         format!("data/{directory}/{rest}")
     }
 
+    /// The name of the object at a path below the storage root; `None` if it is not one.
+    pub fn from_path(path: &str) -> Option<Self> {
+        let (directory, rest) = path.strip_prefix("data/")?.split_once('/')?;
+        if directory.len() != 2 || rest.contains('/') {
+            return None;
+        }
+        let name: Self = format!("{directory}{rest}").parse().ok()?;
+        (name.path() == path).then_some(name)
+    }
+
     /// Path of the alternative name directly below the storage root, `.cvmfsalt-<hash text><suffix>`, for
     /// repositories whose manifest says `A yes`.
     pub fn alternative_path(&self) -> String {

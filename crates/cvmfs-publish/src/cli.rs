@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use cvmfs_format::chunking::ChunkSizes;
@@ -52,6 +53,8 @@ pub(crate) enum Verb {
     Tag(TagVerb),
     /// Publish an older revision anew
     Rollback(Rollback),
+    /// Delete old revisions that nobody needs any more, with what only they refer to
+    Gc(Gc),
     /// Renew the whitelist, and the manifest's signature after a change of the release key
     Resign(Resign),
     /// Show revision, sizes, settings, tags and the expiry of the whitelist
@@ -228,6 +231,40 @@ pub(crate) struct Rollback {
     pub(crate) tag: Option<String>,
 }
 
+/// What stays: the current revision, all tagged ones, those that the rule names, and those replaced within the grace.
+#[derive(Debug, Args)]
+pub(crate) struct Gc {
+    #[command(flatten)]
+    pub(crate) repository: Writing,
+    /// Keep this many revisions before the current one
+    #[arg(long, value_name = "COUNT")]
+    pub(crate) keep: Option<u64>,
+    /// Keep what was published since then, and the revision before: a Unix time, YYYY-MM-DDTHH:MM:SSZ, or an age such as 30d or 12h
+    #[arg(long, value_name = "TIME", value_parser = parse_since)]
+    pub(crate) keep_since: Option<Since>,
+    /// Keep a replaced revision this long in any case: mounts and containers may still use it
+    #[arg(long, default_value = "3d", value_name = "AGE", value_parser = parse_age)]
+    pub(crate) grace: Duration,
+    /// Also delete objects older than the grace that no revision refers to: remains of interrupted publishes
+    #[arg(long)]
+    pub(crate) unreferenced: bool,
+    /// Only say what would go
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Append the names of what is deleted (or would be) to this file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) deletion_log: Option<PathBuf>,
+}
+
+/// A point in time, as a user gives it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Since {
+    /// Unix time.
+    Time(i64),
+    /// So long ago.
+    Ago(Duration),
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Resign {
     /// The keys directory must have FQRN.masterkey, too
@@ -274,6 +311,33 @@ fn parse_owner(text: &str) -> Result<Owner, String> {
     }
 }
 
+/// `90`, `90s`, `15m`, `12h`, `3d`, `2w`.
+fn parse_age(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
+    let unit: u64 = match &text[digits.len()..] {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        "d" => 24 * 3600,
+        "w" => 7 * 24 * 3600,
+        _ => return Err("expected a number of s, m, h, d or w, such as 3d".to_owned()),
+    };
+    let count: u32 = digits.parse().map_err(|_| "expected a number with a unit, such as 3d".to_owned())?;
+    Ok(Duration::from_secs(u64::from(count) * unit))
+}
+
+fn parse_since(text: &str) -> Result<Since, String> {
+    if let Ok(unix) = text.parse() {
+        return Ok(Since::Time(unix));
+    }
+    if let Ok(time) = time::OffsetDateTime::parse(text, &time::format_description::well_known::Rfc3339) {
+        return Ok(Since::Time(time.unix_timestamp()));
+    }
+    parse_age(text)
+        .map(Since::Ago)
+        .map_err(|_| "expected a Unix time, YYYY-MM-DDTHH:MM:SSZ, or an age such as 30d".to_owned())
+}
+
 fn parse_chunk_sizes(text: &str) -> Result<ChunkSizes, String> {
     cvmfs_publish::settings::parse_chunk_sizes(text).map_err(|error| error.to_string())
 }
@@ -294,6 +358,18 @@ mod tests {
         assert_eq!(parse_owner("0:4294967294"), Ok(Owner::Fixed(0, u32::MAX - 1)));
         for bad in ["root:root", "1", "1:", "4294967295:0", ""] {
             assert!(parse_owner(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn times_are_given_as_people_say_them() {
+        assert_eq!(parse_age("3d"), Ok(Duration::from_secs(259_200)));
+        assert_eq!(parse_age("0"), Ok(Duration::ZERO));
+        assert_eq!(parse_since("2024-01-01T00:00:00Z"), Ok(Since::Time(1_704_067_200)));
+        assert_eq!(parse_since("1704067200"), Ok(Since::Time(1_704_067_200)));
+        assert_eq!(parse_since("12h"), Ok(Since::Ago(Duration::from_secs(43_200))));
+        for bad in ["", "d", "3y", "-1d", "yesterday"] {
+            assert!(parse_age(bad).is_err() && parse_since(bad).is_err(), "{bad}");
         }
     }
 

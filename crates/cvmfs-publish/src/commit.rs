@@ -28,7 +28,7 @@ use crate::storage::{self, Storage};
 use crate::workspace::{Workspace, chain, in_catalog};
 
 /// A reflog has some 60 bytes per published revision.
-const MAX_REFLOG: u64 = 1 << 30;
+pub(crate) const MAX_REFLOG: u64 = 1 << 30;
 const MAX_TAG_NAME: usize = 255;
 
 /// The last step of a transaction.
@@ -327,6 +327,6 @@ fn in_history(error: &dyn std::error::Error) -> PublishError {
     PublishError::damaged("history", chain(error))
 }
 
-fn in_reflog(error: &dyn std::error::Error) -> PublishError {
+pub(crate) fn in_reflog(error: &dyn std::error::Error) -> PublishError {
     PublishError::damaged(storage::REFLOG, chain(error))
 }

@@ -14,11 +14,13 @@
 //! | `workspace`, `apply` | private copies of catalogs, and a tree applied to them |
 //! | `publisher`, `commit` | transactions; from changed catalogs to a signed revision |
 //! | `create`, [`revisions`] | new repositories; tags, rollback, renewing signatures |
+//! | [`collect`] | garbage collection |
 //! | [`mod@check`] | verification of a whole repository |
 //! | [`serve`] | a static HTTP server for trials |
 
 mod apply;
 pub mod check;
+pub mod collect;
 mod commit;
 mod create;
 pub mod decompress;

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use cvmfs_format::signature::MasterKeys;
 use cvmfs_publish::check::{CheckOptions, CheckReport};
+use cvmfs_publish::collect::CollectOptions;
 use cvmfs_publish::keys::{KeyFiles, read_public};
 use cvmfs_publish::revisions::{self, Info, TagInfo};
 use cvmfs_publish::serve::Server;
@@ -18,7 +19,7 @@ use cvmfs_publish::{
 };
 use serde::Serialize;
 
-use crate::cli::{Check, Cli, Ingest, Mkfs, Reading, Resign, Serve, TagVerb, Verb, Writing};
+use crate::cli::{Check, Cli, Gc, Ingest, Mkfs, Reading, Resign, Serve, Since, TagVerb, Verb, Writing};
 use crate::progress::Progress;
 use crate::signals;
 
@@ -38,6 +39,7 @@ pub(crate) fn run(cli: Cli) -> Result<bool, PublishError> {
         Verb::Rollback(arguments) => {
             change(&arguments.repository, json, |publisher| publisher.rollback(arguments.tag.as_deref()))?;
         }
+        Verb::Gc(arguments) => gc(arguments, json)?,
         Verb::Resign(arguments) => resign(&arguments, json)?,
         Verb::Info(arguments) => info(&arguments, json)?,
         Verb::Check(arguments) => return check(arguments, json),
@@ -173,6 +175,38 @@ fn describe_tags(tags: &[TagInfo]) -> String {
         )
     };
     tags.iter().map(|tag| line(tag).trim_end().to_owned()).collect::<Vec<_>>().join("\n")
+}
+
+fn gc(arguments: Gc, json: bool) -> Result<(), PublishError> {
+    let interrupt = Interrupt::default();
+    signals::interrupt_on_signal(interrupt.clone())?;
+    let mut publisher = open(&arguments.repository, OpenOptions { interrupt, ..OpenOptions::default() })?;
+    let report = publisher.collect(&CollectOptions {
+        keep_revisions: arguments.keep,
+        keep_since: arguments.keep_since.map(|since| match since {
+            Since::Time(unix) => unix,
+            Since::Ago(age) => {
+                cvmfs_publish::system_clock().saturating_sub(i64::try_from(age.as_secs()).unwrap_or(i64::MAX))
+            }
+        }),
+        grace: arguments.grace,
+        unreferenced: arguments.unreferenced,
+        dry_run: arguments.dry_run,
+        deletion_log: arguments.deletion_log,
+    })?;
+    print(json, &report, || {
+        let would = if report.dry_run { "would be " } else { "" };
+        format!(
+            "{}: {} revisions kept, {} {would}removed; {} objects with {} bytes {would}deleted, {} of them not referred to by any revision, in {:.1} s",
+            report.fqrn,
+            report.revisions_kept,
+            report.revisions_removed,
+            report.objects_removed,
+            report.bytes_removed,
+            report.unreferenced_removed,
+            report.seconds
+        )
+    })
 }
 
 fn resign(arguments: &Resign, json: bool) -> Result<(), PublishError> {

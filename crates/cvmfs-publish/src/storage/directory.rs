@@ -194,6 +194,18 @@ impl Storage for Directory {
         Ok(Box::new(file))
     }
 
+    fn delete_object(&self, name: &ObjectName) -> Result<(), StorageError> {
+        for path in [self.root.join(name.path()), self.root.join(name.alternative_path())] {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(at("remove", &path)(error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     fn get_file(&self, name: &str, limit: u64) -> Result<Option<Vec<u8>>, StorageError> {
         let path = self.root.join(name);
         match File::open(&path) {
@@ -221,15 +233,13 @@ impl Storage for Directory {
                 continue;
             }
             if !path.is_dir() {
-                let size = fs::symlink_metadata(&path).map_err(at("look for", &path))?.len();
-                visit(StoredObject { path: format!("data/{group}"), size });
+                let found = fs::symlink_metadata(&path).map_err(at("look for", &path))?;
+                visit(stored(format!("data/{group}"), &found));
                 continue;
             }
             for name in sorted_names(&path)? {
                 match fs::symlink_metadata(path.join(&name)) {
-                    Ok(found) => {
-                        visit(StoredObject { path: format!("data/{group}/{name}"), size: found.len() });
-                    }
+                    Ok(found) => visit(stored(format!("data/{group}/{name}"), &found)),
                     // collected since the directory was read
                     Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                     Err(error) => return Err(at("look for", &path.join(&name))(error)),
@@ -244,6 +254,10 @@ impl Storage for Directory {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(at("create", &path))?;
         Ok(path)
     }
+}
+
+fn stored(path: String, found: &fs::Metadata) -> StoredObject {
+    StoredObject { path, size: found.len(), modified: found.mtime() }
 }
 
 #[derive(Debug)]
@@ -390,6 +404,8 @@ mod tests {
         fs::write(dir.path().join("data/txn/publish.1.1"), b"cut").unwrap();
         let mut found = Vec::new();
         storage.list_objects(&mut |object| found.push(object)).unwrap();
-        assert_eq!(found, [StoredObject { path: name(b"x").path(), size: 1 }]);
+        assert_eq!(found.len(), 1);
+        assert_eq!((found[0].path.as_str(), found[0].size), (name(b"x").path().as_str(), 1));
+        assert!(found[0].modified > 1_600_000_000);
     }
 }

@@ -30,6 +30,8 @@ pub const MANIFEST: &str = ".cvmfspublished";
 pub const WHITELIST: &str = ".cvmfswhitelist";
 /// The log of every root object that was published and not yet collected.
 pub const REFLOG: &str = ".cvmfsreflog";
+/// When garbage was last collected, and on replicas when they were last brought up to date.
+pub const STATUS: &str = ".cvmfs_status.json";
 /// Its presence allows replication.
 pub const MASTER_REPLICA: &str = ".cvmfs_master_replica";
 
@@ -49,6 +51,8 @@ pub struct StoredObject {
     pub path: String,
     /// Stored bytes.
     pub size: u64,
+    /// Unix time at which it was stored.
+    pub modified: i64,
 }
 
 /// A failure of the storage, naming the object concerned.
@@ -146,6 +150,9 @@ pub trait Storage: Send + Sync + Debug {
     fn get_object(&self, name: &ObjectName, limit: u64) -> Result<Vec<u8>, StorageError> {
         read_bounded(self.open_object(name)?, &name.path(), limit)
     }
+
+    /// Removes an object; one that is not there is fine. Only garbage collection does this.
+    fn delete_object(&self, name: &ObjectName) -> Result<(), StorageError>;
 
     /// A file below the storage root, at most `limit` bytes; `None` if it does not exist.
     fn get_file(&self, name: &str, limit: u64) -> Result<Option<Vec<u8>>, StorageError>;

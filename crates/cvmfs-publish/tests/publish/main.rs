@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod check;
+mod collect;
 mod crash;
 mod layers;
 mod model;

@@ -76,6 +76,13 @@ impl Repository {
     }
 
     /// Ingests an archive at `base`; returns the JSON report.
+    /// `tag VERB NAME`.
+    pub fn ok_tag(&self, verb: &str, name: &str) -> String {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_cvmfs-publish"));
+        command.args(["tag", verb, &self.fqrn, name, "--storage"]).arg(&self.storage);
+        expect_success(command.arg("--keys").arg(&self.keys).output().unwrap())
+    }
+
     pub fn ingest(&self, base: &str, archive: &[u8], options: &[&str]) -> Value {
         let all = [&["--base", base, "--tar", "-", "--json"], options].concat();
         serde_json::from_str(&expect_success(self.run("ingest", &all, archive))).unwrap()

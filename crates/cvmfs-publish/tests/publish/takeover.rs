@@ -9,7 +9,7 @@ use testkit::Fixture;
 
 use crate::support::{Repository, assert_equal_trees};
 
-fn take_over(name: &str) -> (Fixture, Repository) {
+pub fn take_over(name: &str) -> (Fixture, Repository) {
     let fixture = Fixture::unpack(name).unwrap();
     let keys = fixture.keys.clone().expect("the fixture has keys");
     for item in std::fs::read_dir(&keys).unwrap() {
