@@ -1,20 +1,21 @@
 //! The command line of `cvmfs-client`, and its mount(8) helper form.
 
+mod check;
+mod config;
+mod status;
+
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use cvmfs_client::clock::SystemClock;
-use cvmfs_client::config::{ClientSettings, Config, ConfigSources};
 use cvmfs_client::error::ClientError;
-use cvmfs_client::repository::Repository;
 
 use crate::control;
 use crate::launch::{self, MountError, MountRequest};
+use crate::logging::redaction::redacted;
 use crate::mount_options::MountOptions;
 
 /// Default place of the configuration.
@@ -73,8 +74,7 @@ enum Verb {
         fqrn: Option<String>,
     },
     /// Send a command to the control socket of a mounted repository.
-    #[command(after_help = "Commands: status json, refresh, remount, revision, mountpoint, pid, version, \
-                            cache size, open catalogs.")]
+    #[command(after_help = TALK_HELP)]
     Talk {
         /// Name of the repository.
         fqrn: String,
@@ -90,7 +90,13 @@ enum Verb {
         #[arg(short = 'o', value_name = "OPT[,OPT…]")]
         options: Vec<String>,
     },
-    /// Check configuration, servers and chain of trust of a repository, without mounting it.
+    /// Check configuration, servers, proxies, chain of trust, cache and kernel for a repository, without mounting it,
+    /// and say what to do.
+    #[command(
+        after_help = "Every server is asked through every proxy, a few at a time; it takes 20 seconds at most.\n\
+                            Exit codes: 0 a mount will work, 1 configuration, cache or kernel, 2 wrong usage,\n\
+                            3 trust, 4 no server can be reached."
+    )]
     Check {
         /// Name of the repository.
         fqrn: String,
@@ -98,7 +104,26 @@ enum Verb {
         #[arg(short = 'o', value_name = "OPT[,OPT…]")]
         options: Vec<String>,
     },
+    /// Write the metrics of all mounts in Prometheus' text format.
+    #[command(after_help = "To have them scraped, set CVMFS_METRICS_LISTEN=unix:/PATH or 127.0.0.1:PORT.")]
+    Metrics,
 }
+
+/// What can be said to a mount.
+const TALK_HELP: &str = "\
+Commands (those of cvmfs_talk, which works as well):
+  status json, refresh, remount [sync], revision, chroot HASH, detach nested catalogs, open catalogs
+  cache size | instance | list [pinned|catalogs] | limit get | limit set MB, cleanup MB, cleanup rate MINUTES
+  evict PATH, pin PATH, tear down to read-only
+  host info | switch | set LIST | probe | probe geo, external host info | switch | set LIST
+  proxy info | set LIST | rebalance | group switch | fallback LIST, external proxy info | set LIST
+  timeout info | set PROXY DIRECT, nameserver get | set IP, max ttl info | set MINUTES
+  mountpoint, device id, pid, pid cachemgr, pid watchdog, parameters, internal affairs, latency
+  reset error counters, hotpatch history, version, version patchlevel
+
+Exit codes: 0 done, 1 failed or not supported, 2 unknown command, 5 not mounted.
+
+Example: cvmfs-client talk atlas.cern.ch host info";
 
 #[derive(Debug, Args)]
 struct MountArguments {
@@ -125,15 +150,19 @@ pub fn main() -> ExitCode {
     let outcome = match &cli.verb {
         Verb::Mount(arguments) => mount(&cli, arguments),
         Verb::Umount { mountpoint } => umount(&cli, mountpoint),
-        Verb::Status { fqrn } => status(&cli, fqrn.as_deref()),
+        Verb::Status { fqrn } => status::status(cli.json, fqrn.as_deref()),
         Verb::Talk { fqrn, command } => talk(fqrn, command),
-        Verb::Config { fqrn, options } => config(&cli, fqrn, options),
-        Verb::Check { fqrn, options } => check(&cli, fqrn, options),
+        Verb::Config { fqrn, options } => config::config(cli.json, fqrn, options),
+        Verb::Check { fqrn, options } => check::check(cli.json, fqrn, options),
+        Verb::Metrics => {
+            print!("{}", crate::metrics::render(&control::inspect_all(None)));
+            Ok(ExitCode::SUCCESS)
+        }
     };
     match outcome {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("cvmfs-client: {error:#}");
+            eprintln!("cvmfs-client: {}", redacted(&format!("{error:#}")));
             ExitCode::from(exit_code(&error))
         }
     }
@@ -227,141 +256,24 @@ fn umount(cli: &Cli, mountpoint: &Path) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn status(cli: &Cli, fqrn: Option<&str>) -> anyhow::Result<ExitCode> {
-    let records: Vec<_> =
-        control::records().into_iter().filter(|record| fqrn.is_none_or(|fqrn| record.fqrn == fqrn)).collect();
-    if let Some(fqrn) = fqrn
-        && records.is_empty()
-    {
-        return Err(NotMounted(fqrn.to_owned()).into());
-    }
-    let mut states = Vec::new();
-    let mut code = ExitCode::SUCCESS;
-    for record in &records {
-        match control::status(&record.control) {
-            Ok(state) => states.push(state),
-            Err(error) => {
-                eprintln!(
-                    "cvmfs-client: {} at {}: the client does not answer ({error}); see {}",
-                    record.fqrn,
-                    record.mountpoint.display(),
-                    control::log_path(&record.fqrn, &record.mountpoint).display()
-                );
-                code = ExitCode::FAILURE;
-            }
-        }
-    }
-    if cli.json {
-        match (fqrn, states.as_slice()) {
-            // One repository, one mount: the document of the contract.
-            (Some(_), [state]) => println!("{}", serde_json::to_string(state)?),
-            _ => println!("{}", serde_json::to_string(&states)?),
-        }
-        return Ok(code);
-    }
-    for state in &states {
-        print_status(state);
-    }
-    Ok(code)
-}
-
-fn print_status(state: &control::Status) {
-    println!("{} at {}", state.fqrn, state.mountpoint.display());
-    println!("  revision {}  root {}", state.revision, state.root_hash);
-    println!(
-        "  {}  host {}  proxy {}",
-        if state.online { "online" } else { "OFFLINE" },
-        state.host,
-        state.proxy
-    );
-    println!(
-        "  cache {} of {} MiB  hits {}  misses {}  requests {}  received {} KiB",
-        state.cache_used >> 20,
-        state.cache_limit >> 20,
-        state.cache_hits,
-        state.cache_misses,
-        state.requests,
-        state.bytes_fetched >> 10
-    );
-    println!(
-        "  {}{}  open files {}  catalogs {}  I/O errors {}  worker {} (number {})",
-        if state.passthrough { "passthrough" } else { "reads through the client" },
-        if state.layer_view { ", layer view" } else { "" },
-        state.open_files,
-        state.catalogs,
-        state.io_errors,
-        state.pid,
-        state.workers
-    );
-    for error in &state.errors {
-        println!("  error: {error}");
-    }
-}
-
 fn talk(fqrn: &str, command: &[String]) -> anyhow::Result<ExitCode> {
     let record = control::records()
         .into_iter()
         .find(|record| record.fqrn == fqrn)
         .ok_or_else(|| NotMounted(fqrn.to_owned()))?;
-    let answer = control::ask(&record.control, &command.join(" "), TALK_TIMEOUT)
-        .with_context(|| format!("{fqrn}: the client does not answer"))?;
-    std::io::stdout().write_all(&answer)?;
-    Ok(if answer.starts_with(b"unknown command") { ExitCode::from(2) } else { ExitCode::SUCCESS })
-}
-
-fn sources_of(options: &[String]) -> anyhow::Result<ConfigSources> {
-    Ok(MountOptions::parse(options)?.sources(Path::new(CONFIGURATION)))
-}
-
-fn config(cli: &Cli, fqrn: &str, options: &[String]) -> anyhow::Result<ExitCode> {
-    let config = Config::load(fqrn, &sources_of(options)?).map_err(ClientError::from)?;
-    if cli.json {
-        let parameters: serde_json::Map<_, _> = config
-            .iter()
-            .map(|(key, setting)| {
-                let value = serde_json::json!({"value": setting.value, "origin": setting.origin.to_string()});
-                (key.to_owned(), value)
-            })
-            .collect();
-        let problems: Vec<String> = config.notices().iter().map(ToString::to_string).collect();
-        println!("{}", serde_json::json!({"fqrn": fqrn, "parameters": parameters, "problems": problems}));
-        return Ok(ExitCode::SUCCESS);
-    }
-    for (key, setting) in config.iter() {
-        println!("{key}={}    # from {}", setting.value, setting.origin);
-    }
-    for problem in config.notices() {
-        eprintln!("cvmfs-client: {problem}");
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-fn check(cli: &Cli, fqrn: &str, options: &[String]) -> anyhow::Result<ExitCode> {
-    let config = Config::load(fqrn, &sources_of(options)?).map_err(ClientError::from)?;
-    for problem in config.notices() {
-        eprintln!("cvmfs-client: {problem}");
-    }
-    let settings = ClientSettings::from(&config).map_err(ClientError::from)?;
-    let servers = settings.servers.clone();
-    let repository = Repository::open(settings, Arc::new(SystemClock)).map_err(|error| {
-        anyhow::Error::new(error)
-            .context(format!("{fqrn} cannot be mounted (servers: {})", servers.join(", ")))
+    let answer = control::ask(&record.control, &command.join(" "), TALK_TIMEOUT).with_context(|| {
+        format!("{fqrn}: the client does not answer; `cvmfs-client status {fqrn}` tells more")
     })?;
-    let known = repository.status();
-    if cli.json {
-        println!("{}", serde_json::to_string(&known)?);
+    std::io::stdout().write_all(&answer)?;
+    // Whoever asked reads the answer; a script looks at the code.
+    let begins = |start: &str| answer.starts_with(start.as_bytes());
+    Ok(if begins("unknown command") || begins("Usage: ") {
+        ExitCode::from(2)
+    } else if begins("Failed") || begins("not supported") {
+        ExitCode::FAILURE
     } else {
-        println!(
-            "{fqrn}: revision {}, root catalog {}, chain of trust verified",
-            known.revision, known.root_hash
-        );
-        if let Some(expires) = known.whitelist_expires {
-            let until =
-                time::OffsetDateTime::from_unix_timestamp(expires).map(|time| time.date().to_string());
-            println!("whitelist valid until {}", until.unwrap_or_else(|_| expires.to_string()));
-        }
-    }
-    Ok(ExitCode::SUCCESS)
+        ExitCode::SUCCESS
+    })
 }
 
 /// `mount.cvmfs FQRN MOUNTPOINT [-sfnv] [-o OPTIONS]`, as mount(8) calls it.
@@ -403,7 +315,7 @@ fn mount_helper() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("mount.cvmfs: {error:#}");
+            eprintln!("mount.cvmfs: {}", redacted(&format!("{error:#}")));
             ExitCode::from(if error.is::<Usage>() { 1 } else { 32 })
         }
     }

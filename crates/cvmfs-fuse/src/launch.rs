@@ -190,6 +190,7 @@ pub fn mount(request: &MountRequest, timeout: Duration) -> Result<Mounted, Mount
     let mountpoint = check_mountpoint(&request.mountpoint)?;
     let request = MountRequest { mountpoint, ..request.clone() };
     create_run_directory()?;
+    control::forget_old_logs();
     let mut supervisor = start_supervisor(&request)?;
     let report = supervisor.stdout.take();
     let input = supervisor.stdin.take();
@@ -354,7 +355,7 @@ pub fn is_alive(mountpoint: &Path) -> bool {
 }
 
 /// Type of the topmost file system mounted exactly at `path`.
-fn mounted_type(path: &Path) -> io::Result<Option<String>> {
+pub(crate) fn mounted_type(path: &Path) -> io::Result<Option<String>> {
     use std::os::unix::ffi::OsStrExt;
     let text = fs::read("/proc/self/mountinfo")?;
     let mut found = None;
@@ -370,7 +371,7 @@ fn mounted_type(path: &Path) -> io::Result<Option<String>> {
 }
 
 /// mountinfo writes blanks, tabs, newlines and backslashes as three octal digits.
-fn unescape(field: &[u8]) -> Vec<u8> {
+pub(crate) fn unescape(field: &[u8]) -> Vec<u8> {
     let mut plain = Vec::with_capacity(field.len());
     let mut rest = field;
     while let Some((first, tail)) = rest.split_first() {

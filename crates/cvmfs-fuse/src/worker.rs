@@ -14,15 +14,17 @@ use cvmfs_client::config::{ClientSettings, Config};
 use cvmfs_client::deadline::Deadline;
 use cvmfs_client::error::ClientError;
 use cvmfs_client::repository::{Refreshed, Repository};
+use cvmfs_format::ContentHash;
 use fuser::{Session, SessionACL};
 
 use crate::content::Content;
-use crate::control;
+use crate::control::{self, ControlSettings};
 use crate::filesystem::{Adapter, Mount, Options, chain};
 use crate::handles::Handles;
 use crate::launch::{MountRequest, Report};
-use crate::log_file;
+use crate::logging;
 use crate::magic::Visibility;
+use crate::metrics::{MetricsListener, Telemetry};
 use crate::shared_state::SharedState;
 use crate::syscall;
 use crate::view::View;
@@ -80,9 +82,13 @@ fn serve() -> Result<(), Failure> {
     let mut line = String::new();
     input.read_line(&mut line)?;
     let request: MountRequest = serde_json::from_str(&line).map_err(io::Error::from)?;
-    log_file::start(&request)?;
+    let config = Config::load(&request.fqrn, &request.sources);
+    logging::start(&request, config.as_ref().ok())?;
+    let config = config.map_err(ClientError::from)?;
     let state = Arc::new(SharedState::map(memory.as_fd())?);
-    let (settings, options, parameters) = load_settings(&request)?;
+    let (settings, options, parameters) = load_settings(&request, &config)?;
+    let observed = ControlSettings::from(&config).map_err(ClientError::from)?;
+    logging::check_settings(&config).map_err(ClientError::from)?;
     let repository = match state.pin() {
         Some(pin) if state.is_answered() => {
             tracing::warn!(workers = state.workers(), "taking over from a worker that died");
@@ -111,7 +117,7 @@ fn serve() -> Result<(), Failure> {
         mount.content.probe_passthrough();
     }
     let (stop, stopped) = mpsc::channel();
-    control::serve(&request, &mount, device.try_clone()?)?;
+    let observers = Observers::start(&request, &mount, device.try_clone()?, config, observed)?;
     let following = follow(mount.clone(), device, stopped);
     tracing::info!(
         fqrn = request.fqrn,
@@ -123,7 +129,7 @@ fn serve() -> Result<(), Failure> {
     let result = session.run();
     drop(stop);
     let _ = following.join();
-    control::forget(&request);
+    drop(observers);
     result.map_err(Failure::from)
 }
 
@@ -142,9 +148,11 @@ fn inherited_descriptors() -> Result<(OwnedFd, OwnedFd), Failure> {
 /// Names and values of the whole configuration.
 type Parameters = HashMap<Vec<u8>, Vec<u8>>;
 
-fn load_settings(request: &MountRequest) -> Result<(ClientSettings, Options, Parameters), Failure> {
-    let config = Config::load(&request.fqrn, &request.sources).map_err(ClientError::from)?;
-    let settings = ClientSettings::from(&config).map_err(ClientError::from)?;
+fn load_settings(
+    request: &MountRequest,
+    config: &Config,
+) -> Result<(ClientSettings, Options, Parameters), Failure> {
+    let settings = ClientSettings::from(config).map_err(ClientError::from)?;
     let visibility = config.get("CVMFS_MAGIC_XATTRS_VISIBILITY").map(|setting| setting.value.as_str());
     let magic = match visibility {
         _ if request.layer_view => Visibility::Off,
@@ -158,6 +166,45 @@ fn load_settings(request: &MountRequest) -> Result<(ClientSettings, Options, Par
         .map(|(key, setting)| (key.as_bytes().to_vec(), setting.value.clone().into_bytes()))
         .collect();
     Ok((settings, Options { kernel_cache, magic }, parameters))
+}
+
+/// The address of a name.
+fn resolve(name: &str) -> io::Result<std::net::IpAddr> {
+    Err(io::Error::new(
+        io::ErrorKind::Unsupported,
+        format!("give the address of {name}: names are not supported here"),
+    ))
+}
+
+/// Those who tell others about the mount; they end with it.
+struct Observers {
+    _control: control::Control,
+    _metrics: Option<MetricsListener>,
+    _telemetry: Option<Telemetry>,
+}
+
+impl Observers {
+    fn start(
+        request: &MountRequest,
+        mount: &Arc<Mount>,
+        device: OwnedFd,
+        config: Config,
+        settings: ControlSettings,
+    ) -> io::Result<Observers> {
+        let mountpoint = request.mountpoint.clone();
+        let context = Arc::new(control::Context::new(mount.clone(), device, mountpoint, config, &settings));
+        let answering = context.clone();
+        let own = control::socket_path(&request.fqrn, &request.mountpoint);
+        let control =
+            control::serve(&own, &settings.talk, Arc::new(move |command| answering.answer(command)))?;
+        let telemetry =
+            settings.telemetry.map(|influx| Telemetry::start(influx, move || context.status(), resolve));
+        Ok(Observers {
+            _control: control,
+            _metrics: settings.metrics.map(MetricsListener::start).transpose()?,
+            _telemetry: telemetry.transpose()?,
+        })
+    }
 }
 
 /// Shakes hands with the kernel, or with the record of the first handshake.
@@ -219,13 +266,30 @@ fn follow(mount: Arc<Mount>, device: OwnedFd, stopped: mpsc::Receiver<()>) -> st
 pub(crate) fn refresh(mount: &Mount, device: &OwnedFd) -> Result<Refreshed, ClientError> {
     let outcome = mount.view.repository().refresh(Deadline::after(REFRESH_DEADLINE))?;
     if outcome == Refreshed::Updated {
-        mount.view.revision_changed();
-        let message: Vec<u8> = NEXT_EPOCH.iter().flat_map(|word| word.to_ne_bytes()).collect();
-        if let Err(error) = rustix::io::write(device, &message) {
-            tracing::debug!(%error, "the kernel keeps entries until their time is over");
-        }
-        let revision = mount.view.repository().snapshot().pinned().revision;
-        tracing::info!(revision, "new revision in use");
+        revision_changed(mount, device);
     }
     Ok(outcome)
+}
+
+/// Moves to the revision with this root catalog and stays there.
+pub(crate) fn switch_root(
+    mount: &Mount,
+    device: &OwnedFd,
+    root: ContentHash,
+) -> Result<Refreshed, ClientError> {
+    let outcome = mount.view.repository().switch_root(root, Deadline::after(REFRESH_DEADLINE))?;
+    if outcome == Refreshed::Updated {
+        revision_changed(mount, device);
+    }
+    Ok(outcome)
+}
+
+fn revision_changed(mount: &Mount, device: &OwnedFd) {
+    mount.view.revision_changed();
+    let message: Vec<u8> = NEXT_EPOCH.iter().flat_map(|word| word.to_ne_bytes()).collect();
+    if let Err(error) = rustix::io::write(device, &message) {
+        tracing::debug!(%error, "the kernel keeps entries until their time is over");
+    }
+    let pin = mount.view.repository().snapshot().pinned();
+    tracing::info!(decision = "revision", revision = pin.revision, root = %pin.root_hash, "new revision in use");
 }

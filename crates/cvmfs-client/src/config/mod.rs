@@ -333,7 +333,8 @@ impl Config {
         }
     }
 
-    fn invalid(&self, name: &str, setting: &Setting, rule: &str) -> ConfigError {
+    /// The error for a value of the wrong form: `rule` says what is expected.
+    pub fn invalid(&self, name: &str, setting: &Setting, rule: &str) -> ConfigError {
         ConfigError::InvalidValue {
             parameter: name.to_owned(),
             value: setting.value.clone(),
