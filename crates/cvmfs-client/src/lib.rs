@@ -26,4 +26,5 @@ pub mod snapshot;
 pub mod store;
 mod tree;
 pub mod trust;
+mod url;
 pub mod variant;

@@ -10,11 +10,14 @@
 //! host's files, keys above all, work unchanged.
 //!
 //! # Environment
-//! The process environment is not read: neither does it set parameters nor is it visible to `$NAME` in a file.
+//! The process environment neither sets parameters nor is it visible to `$NAME` in a file. Only the few names that
+//! the specification gives to it are read there, unless the configuration sets them: `CVMFS_PAC_URLS`, `http_proxy`,
+//! `CVMFS_IPV4_ONLY`, `X509_CERT_DIR`, `X509_CERT_BUNDLE`, `CERNVM_UUID`.
 
 mod authorization_settings;
 mod files;
 mod name;
+mod network_settings;
 mod parameters;
 mod revision_settings;
 mod settings;
@@ -28,9 +31,13 @@ use std::time::Duration;
 
 use files::{MAX_FILE, is_absent, patiently, read_file};
 pub use name::{expand_fqrn, validate_fqrn};
+pub use network_settings::{
+    DiscoverySettings, DnsSettings, NetworkSettings, Proxy, ProxyGroup, ProxyList, TlsSettings,
+};
+pub(crate) use network_settings::{at_least_a_second, parse_servers, without_credentials};
 pub use parameters::{Support, closest, support};
 pub use revision_settings::Selection;
-pub use settings::{ClientSettings, Proxy};
+pub use settings::ClientSettings;
 
 /// Where the host keeps the configuration, and the prefix of paths in it.
 const ETC_CVMFS: &str = "/etc/cvmfs";

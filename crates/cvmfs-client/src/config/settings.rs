@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{Config, ConfigError, Selection, Setting, authorization_settings, revision_settings};
+use super::{
+    Config, ConfigError, NetworkSettings, Selection, Setting, authorization_settings, revision_settings,
+};
 use crate::authz::AuthorizationSettings;
 
 /// Bytes of the unit of `CVMFS_QUOTA_LIMIT`.
@@ -18,10 +20,10 @@ const MEGABYTE: u64 = 1024 * 1024;
 pub struct ClientSettings {
     /// The repository's name.
     pub fqrn: String,
-    /// Base URLs of the hosts without a slash at the end, in order of preference; at least one.
-    pub servers: Vec<String>,
-    /// Groups of proxies in order of preference, as written in the configuration, `DIRECT` kept; at least one.
-    pub proxies: Vec<Vec<Proxy>>,
+    /// Servers, proxies and how to use them.
+    pub network: NetworkSettings,
+    /// The same for external files, if they have servers of their own.
+    pub external: Option<NetworkSettings>,
     /// Files with public master keys; at least one.
     pub public_keys: Vec<PathBuf>,
     /// Blacklist files; they need not exist.
@@ -32,24 +34,6 @@ pub struct ClientSettings {
     pub cache_directory: PathBuf,
     /// Most bytes in the cache; `u64::MAX` is unlimited.
     pub cache_limit: u64,
-    /// Time to connect through a proxy, and window of the low-speed limit.
-    pub timeout: Duration,
-    /// The same without a proxy.
-    pub timeout_direct: Duration,
-    /// A transfer below this many bytes per second during the time-out is given up.
-    pub low_speed_limit: u64,
-    /// Repetitions of a failed transfer from the same URL.
-    pub max_retries: u32,
-    /// Longest first pause before a repetition.
-    pub backoff_init: Duration,
-    /// Longest pause before a repetition.
-    pub backoff_max: Duration,
-    /// Time after which the first proxy group is tried again; zero: never.
-    pub proxy_reset_after: Duration,
-    /// Time after which the first host is tried again; zero: never.
-    pub host_reset_after: Duration,
-    /// Whether redirects are followed.
-    pub follow_redirects: bool,
     /// Which revision is wanted.
     pub selection: Selection,
     /// Whether the root catalog of a fixed revision is fetched from its alternative path.
@@ -72,29 +56,6 @@ pub struct ClientSettings {
     pub cache_symlinks: bool,
 }
 
-/// One way out to the servers.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Proxy {
-    /// Without a proxy.
-    Direct,
-    /// Through the proxy with this URL.
-    Url(String),
-}
-
-impl Proxy {
-    /// The proxy's URL without user name and password, or `DIRECT`; fit for logs.
-    pub fn display(&self) -> String {
-        let Self::Url(url) = self else { return "DIRECT".to_owned() };
-        match url.split_once("://") {
-            Some((scheme, rest)) => {
-                let address = rest.rsplit_once('@').map_or(rest, |(_, address)| address);
-                format!("{scheme}://{address}")
-            }
-            None => url.clone(),
-        }
-    }
-}
-
 impl ClientSettings {
     /// Gives the values of `config` their types.
     ///
@@ -102,24 +63,17 @@ impl ClientSettings {
     /// A parameter that is missing or has a wrong value, with the place to mend it.
     pub fn from(config: &Config) -> Result<Self, ConfigError> {
         let cache_base = path_or(config, "CVMFS_CACHE_BASE", "/var/lib/cvmfs");
+        let cache_directory = cache_directory(config, &cache_base)?;
+        let network = NetworkSettings::from(config, &cache_directory, &|name| std::env::var(name).ok())?;
         Ok(Self {
             fqrn: config.fqrn().to_owned(),
-            servers: servers(config)?,
-            proxies: proxies(config)?,
+            external: network.external(config)?,
+            network,
             public_keys: public_keys(config)?,
             blacklists: blacklists(config),
-            cache_directory: cache_directory(config, &cache_base)?,
+            cache_directory,
             cache_base,
             cache_limit: cache_limit(config)?,
-            timeout: at_least_a_second(config.seconds("CVMFS_TIMEOUT", 5)?),
-            timeout_direct: at_least_a_second(config.seconds("CVMFS_TIMEOUT_DIRECT", 10)?),
-            low_speed_limit: config.number("CVMFS_LOW_SPEED_LIMIT", 1024)?.max(0).unsigned_abs(),
-            max_retries: u32::try_from(config.number("CVMFS_MAX_RETRIES", 1)?.clamp(0, 100)).unwrap_or(1),
-            backoff_init: config.seconds("CVMFS_BACKOFF_INIT", 2)?,
-            backoff_max: config.seconds("CVMFS_BACKOFF_MAX", 10)?,
-            proxy_reset_after: config.seconds("CVMFS_PROXY_RESET_AFTER", 300)?,
-            host_reset_after: config.seconds("CVMFS_HOST_RESET_AFTER", 1800)?,
-            follow_redirects: config.switch("CVMFS_FOLLOW_REDIRECTS", false)?,
             selection: revision_settings::selection(config)?,
             alternative_root: config.switch("CVMFS_ALT_ROOT_PATH", false)?,
             authorization: authorization_settings::authorization(config)?,
@@ -134,21 +88,16 @@ impl ClientSettings {
     }
 }
 
-/// A time-out of zero would fail every request.
-fn at_least_a_second(timeout: Duration) -> Duration {
-    timeout.max(Duration::from_secs(1))
-}
-
-fn set<'a>(config: &'a Config, name: &str) -> Option<&'a Setting> {
+pub(super) fn set<'a>(config: &'a Config, name: &str) -> Option<&'a Setting> {
     config.get(name).filter(|setting| !setting.value.is_empty())
 }
 
-fn path_or(config: &Config, name: &str, default: &str) -> PathBuf {
+pub(super) fn path_or(config: &Config, name: &str, default: &str) -> PathBuf {
     config.resolve_path(set(config, name).map_or(default, |setting| setting.value.as_str()))
 }
 
 /// Where a parameter that is missing would be set.
-fn missing(config: &Config, parameter: &'static str, for_all: bool) -> ConfigError {
+pub(super) fn missing(config: &Config, parameter: &'static str, for_all: bool) -> ConfigError {
     let directory = config.directory().display();
     let fqrn = config.fqrn();
     let advice = if for_all {
@@ -157,87 +106,6 @@ fn missing(config: &Config, parameter: &'static str, for_all: bool) -> ConfigErr
         format!("{directory}/config.d/{fqrn}.conf or {directory}/domain.d/{}.conf", super::name::domain(fqrn))
     };
     ConfigError::Missing { parameter, fqrn: fqrn.to_owned(), advice }
-}
-
-fn servers(config: &Config) -> Result<Vec<String>, ConfigError> {
-    const NAME: &str = "CVMFS_SERVER_URL";
-    let setting = set(config, NAME).ok_or_else(|| missing(config, NAME, false))?;
-    let mut servers = Vec::new();
-    for server in setting.value.split(';').map(str::trim).filter(|server| !server.is_empty()) {
-        if !has_scheme_and_host(server, &["http://", "https://"]) {
-            return Err(config.invalid(
-                NAME,
-                setting,
-                "expected URLs with http:// or https:// separated by ';'",
-            ));
-        }
-        servers.push(server.trim_end_matches('/').to_owned());
-    }
-    let most = config.number("CVMFS_MAX_SERVERS", 0)?;
-    if let Ok(most @ 1..) = usize::try_from(most) {
-        servers.truncate(most);
-    }
-    if servers.is_empty() { Err(missing(config, NAME, false)) } else { Ok(servers) }
-}
-
-fn has_scheme_and_host(url: &str, schemes: &[&str]) -> bool {
-    schemes.iter().any(|scheme| {
-        url.strip_prefix(scheme).is_some_and(|rest| {
-            !rest.is_empty() && !rest.starts_with('/') && !rest.contains(char::is_whitespace)
-        })
-    })
-}
-
-/// The groups of `CVMFS_HTTP_PROXY`, then those of `CVMFS_FALLBACK_PROXY` (client behaviour §2.3): with a fallback,
-/// `DIRECT` counts in neither.
-fn proxies(config: &Config) -> Result<Vec<Vec<Proxy>>, ConfigError> {
-    const NAME: &str = "CVMFS_HTTP_PROXY";
-    let setting = set(config, NAME).ok_or_else(|| missing(config, NAME, true))?;
-    let mut groups = proxy_groups(config, NAME, setting)?;
-    if let Some(fallback) = set(config, "CVMFS_FALLBACK_PROXY") {
-        groups.extend(proxy_groups(config, "CVMFS_FALLBACK_PROXY", fallback)?);
-        for group in &mut groups {
-            group.retain(|proxy| *proxy != Proxy::Direct);
-        }
-    }
-    groups.retain(|group| !group.is_empty());
-    if groups.is_empty() {
-        return Err(config.invalid(NAME, setting, "no proxy is left; write DIRECT to go without"));
-    }
-    Ok(groups)
-}
-
-fn proxy_groups(config: &Config, name: &str, setting: &Setting) -> Result<Vec<Vec<Proxy>>, ConfigError> {
-    let mut groups = Vec::new();
-    for group in setting.value.split(';') {
-        let mut proxies = Vec::new();
-        for proxy in group.split('|').map(str::trim).filter(|proxy| !proxy.is_empty()) {
-            let proxy = match proxy {
-                "DIRECT" => Proxy::Direct,
-                "auto" => {
-                    return Err(config.invalid(
-                        name,
-                        setting,
-                        "proxy discovery ('auto') is not supported yet",
-                    ));
-                }
-                _ if proxy.contains("://") => Proxy::Url(proxy.to_owned()),
-                _ => Proxy::Url(format!("http://{proxy}")),
-            };
-            if let Proxy::Url(url) = &proxy
-                && !has_scheme_and_host(url, &["http://", "https://"])
-            {
-                return Err(config.invalid(
-                    name,
-                    setting,
-                    "expected DIRECT or proxies of the form http://host:port",
-                ));
-            }
-            proxies.push(proxy);
-        }
-        groups.push(proxies);
-    }
-    Ok(groups)
 }
 
 /// `CVMFS_PUBLIC_KEY` wins over `CVMFS_KEYS_DIR` (repository format §6.4).

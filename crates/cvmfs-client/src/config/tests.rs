@@ -167,12 +167,12 @@ fn unknown_and_unsupported_parameters_are_reported_with_their_place() {
 fn one_file_each_for_proxy_and_repository_and_a_key_suffice() {
     let etc = Etc::new(&MINIMAL);
     let settings = ClientSettings::from(&etc.load("a.example.org")).unwrap();
-    assert_eq!(settings.servers, ["http://s1/cvmfs/a.example.org", "http://s2/a"]);
-    assert_eq!(settings.proxies, [[Proxy::Direct]]);
+    assert_eq!(settings.network.servers, ["http://s1/cvmfs/a.example.org", "http://s2/a"]);
+    assert_eq!(settings.network.proxies.regular, [ProxyGroup::Listed(vec![Proxy::Direct])]);
     assert_eq!(settings.public_keys, [etc.0.path().join("keys/a.example.org.pub")]);
     assert_eq!(settings.cache_directory, Path::new("/var/lib/cvmfs/shared"));
     assert_eq!(settings.cache_limit, 4000 << 20);
-    assert_eq!(settings.timeout_direct, Duration::from_secs(10));
+    assert_eq!(settings.network.timeout_direct, Duration::from_secs(10));
 }
 
 #[test]
@@ -194,17 +194,23 @@ fn proxies_form_groups_and_direct_counts_only_without_a_fallback() {
         sources.overrides = overrides.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
         ClientSettings::from(&Config::load("a.example.org", &sources).unwrap())
     };
-    let settings = load(&[("CVMFS_HTTP_PROXY", "http://p1:3128|p2:3128;http://p3;DIRECT")]).unwrap();
-    let expected =
-        [vec![url("http://p1:3128"), url("http://p2:3128")], vec![url("http://p3")], vec![Proxy::Direct]];
-    assert_eq!(settings.proxies, expected);
+    let listed = ProxyGroup::Listed;
+    let settings = load(&[("CVMFS_HTTP_PROXY", "http://p1:3128|p2:3128;http://p3;;auto;DIRECT")]).unwrap();
+    let expected = [
+        listed(vec![url("http://p1:3128"), url("http://p2:3128")]),
+        listed(vec![url("http://p3")]),
+        ProxyGroup::Auto,
+        listed(vec![Proxy::Direct]),
+    ];
+    assert_eq!(settings.network.proxies.regular, expected);
     let settings = load(&[
         ("CVMFS_HTTP_PROXY", "http://p1;DIRECT"),
         ("CVMFS_FALLBACK_PROXY", "http://f1|http://f2;DIRECT"),
-    ]);
-    let expected = [vec![url("http://p1")], vec![url("http://f1"), url("http://f2")]];
-    assert_eq!(settings.unwrap().proxies, expected);
-    for bad in ["", "auto", "ftp://x", "http://", " ; "] {
+    ])
+    .unwrap();
+    assert_eq!(settings.network.proxies.regular, [listed(vec![url("http://p1")])]);
+    assert_eq!(settings.network.proxies.fallback, [listed(vec![url("http://f1"), url("http://f2")])]);
+    for bad in ["", "auto|http://x", "ftp://x", "file:///x", "http://", " ; ", "http://a b"] {
         assert!(load(&[("CVMFS_HTTP_PROXY", bad)]).is_err(), "{bad:?}");
     }
 }
@@ -212,6 +218,52 @@ fn proxies_form_groups_and_direct_counts_only_without_a_fallback() {
 #[test]
 fn passwords_of_proxies_stay_out_of_logs() {
     assert_eq!(Proxy::Url("http://user:secret@p1:3128".into()).display(), "http://p1:3128");
+    let etc = Etc::new(&MINIMAL);
+    let mut sources = etc.sources();
+    sources.overrides = vec![("CVMFS_HTTP_PROXY".into(), "http://user:secret@p:x|http://q".into())];
+    let error =
+        ClientSettings::from(&Config::load("a.example.org", &sources).unwrap()).unwrap_err().to_string();
+    assert!(error.contains("http://***@p:x|http://q") && !error.contains("secret"), "{error}");
+}
+
+#[test]
+fn external_files_have_servers_of_their_own_and_inherit_the_rest() {
+    let etc = Etc::new(&MINIMAL);
+    let load = |overrides: &[(&str, &str)]| {
+        let mut sources = etc.sources();
+        sources.overrides = overrides.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
+        ClientSettings::from(&Config::load("a.example.org", &sources).unwrap()).unwrap()
+    };
+    assert_eq!(load(&[]).external, None);
+    let external = load(&[
+        ("CVMFS_EXTERNAL_URL", "https://data.example.org/a/"),
+        ("CVMFS_HTTP_PROXY", "http://p"),
+        ("CVMFS_EXTERNAL_TIMEOUT", "7"),
+        ("CVMFS_MAX_RETRIES", "3"),
+    ])
+    .external
+    .unwrap();
+    assert_eq!(external.servers, ["https://data.example.org/a"]);
+    assert_eq!(external.proxies.regular, [ProxyGroup::Listed(vec![Proxy::Direct])], "not the repository's");
+    assert_eq!((external.timeout, external.max_retries), (Duration::from_secs(7), 3));
+}
+
+#[test]
+fn wrong_network_parameters_are_refused_with_their_place() {
+    let etc = Etc::new(&MINIMAL);
+    for (name, value) in [
+        ("CVMFS_DNS_SERVER", "dns.example.org"),
+        ("CVMFS_IPFAMILY_PREFER", "5"),
+        ("CVMFS_HTTP_TRACING_HEADERS", "a b:c"),
+        ("CVMFS_HTTP_TRACING_HEADERS", "key"),
+        ("CVMFS_SERVER_URL", "http://user:secret@h/"),
+        ("CVMFS_SERVER_URL", "gopher://h/"),
+    ] {
+        let mut sources = etc.sources();
+        sources.overrides = vec![(name.into(), value.into())];
+        let error = ClientSettings::from(&Config::load("a.example.org", &sources).unwrap()).unwrap_err();
+        assert!(error.to_string().contains(name), "{error}");
+    }
 }
 
 #[test]

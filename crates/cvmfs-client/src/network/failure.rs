@@ -104,9 +104,12 @@ impl fmt::Display for Place {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Cause {
-    /// The name of the host or proxy does not resolve.
-    #[error("name does not resolve: {0}")]
+    /// The name of the host does not resolve.
+    #[error("host name does not resolve: {0}")]
     Resolve(String),
+    /// The name of the proxy does not resolve.
+    #[error("proxy name does not resolve: {0}")]
+    ResolveProxy(String),
     /// The connection was refused or not established in time.
     #[error("cannot connect: {0}")]
     Connect(String),
@@ -136,9 +139,26 @@ pub enum Cause {
     /// The proxy itself answered with this status.
     #[error("HTTP status {0} from the proxy")]
     ProxyStatus(u16),
+    /// The proxy answered with this status because it cannot get through to the host.
+    #[error("HTTP status {status} from the proxy, which cannot get through: {reason}")]
+    Gateway {
+        /// The status.
+        status: u16,
+        /// What the proxy says of it.
+        reason: String,
+    },
+    /// There is no way out: proxies are to be discovered, and none was found.
+    #[error("no proxy: {0}")]
+    NoProxy(String),
     /// A redirect that is not followed.
     #[error("redirect is not followed: {0}")]
     Redirect(String),
+    /// The server did not send the part of a file that was asked for.
+    #[error("byte range is not served: {0}")]
+    Range(String),
+    /// A file below a `file://` server cannot be read.
+    #[error("local file cannot be read: {0}")]
+    LocalFile(String),
     /// The body is not what was expected.
     #[error("{0}")]
     Corrupt(String),
@@ -148,17 +168,40 @@ pub enum Cause {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Blame {
     Host,
-    Proxy,
+    /// The host, and the proxy when the other hosts fare no better through it.
+    HostThenProxy,
+    /// The proxy lives, but something is wrong with it or behind it.
+    SlowProxy,
+    /// Nobody answers at the proxy, or it refuses to serve.
+    DeadProxy,
 }
 
 impl Cause {
     /// Whom this failure blames when it came through a proxy (`proxied`) or directly (client behaviour §6.1, §6.2).
+    ///
+    /// The C++ client burns a proxy for everything that is not the host's fault. Here only those are burned at which
+    /// nobody answers or which refuse; a proxy that answers something, however slowly, lives. Silence is neither: how
+    /// long it lasts decides ([`super::journey`]).
     pub(super) fn blame(&self, proxied: bool) -> Blame {
+        if !proxied {
+            return Blame::Host;
+        }
         match self {
             Self::Status(status) if is_host_status(*status) => Blame::Host,
-            Self::Redirect(_) | Self::Certificate(_) | Self::Corrupt(_) => Blame::Host,
-            _ if proxied => Blame::Proxy,
-            _ => Blame::Host,
+            Self::Redirect(_)
+            | Self::Certificate(_)
+            | Self::Corrupt(_)
+            | Self::Range(_)
+            | Self::LocalFile(_) => Blame::Host,
+            Self::Gateway { .. } => Blame::HostThenProxy,
+            Self::Silent(_) | Self::TooSlow { .. } | Self::Cut(_) => Blame::SlowProxy,
+            Self::Resolve(_)
+            | Self::ResolveProxy(_)
+            | Self::NoProxy(_)
+            | Self::Connect(_)
+            | Self::Closed(_)
+            | Self::Status(_)
+            | Self::ProxyStatus(_) => Blame::DeadProxy,
         }
     }
 
@@ -172,13 +215,21 @@ impl Cause {
                 | Self::Closed(_)
                 | Self::Cut(_)
                 | Self::Status(429 | 503)
+                | Self::ProxyStatus(429 | 503)
+                | Self::Gateway { .. }
         )
+    }
+
+    /// Whether a connection that was kept too long explains this failure: a middle box forgot it, or the server
+    /// closed it in the same moment.
+    pub(super) fn may_be_stale(&self) -> bool {
+        matches!(self, Self::Closed(_) | Self::Silent(_) | Self::Connect(_))
     }
 }
 
 /// Statuses that come from the host whichever way they came.
 fn is_host_status(status: u16) -> bool {
-    matches!(status, 400 | 404 | 410 | 429 | 500..=599)
+    matches!(status, 400 | 404 | 410 | 416 | 429 | 500..=599)
 }
 
 #[cfg(test)]
@@ -186,21 +237,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_table_of_the_specification_decides_whom_a_failure_blames() {
+    fn row_13_the_table_decides_whom_a_failure_blames() {
         let through_proxy = [
             (Cause::Status(404), Blame::Host),
             (Cause::Status(400), Blame::Host),
             (Cause::Status(500), Blame::Host),
+            (Cause::Status(502), Blame::Host),
             (Cause::Status(503), Blame::Host),
+            (Cause::Status(504), Blame::Host),
             (Cause::Status(429), Blame::Host),
-            (Cause::Status(403), Blame::Proxy),
-            (Cause::Status(407), Blame::Proxy),
-            (Cause::ProxyStatus(503), Blame::Proxy),
-            (Cause::Connect(String::new()), Blame::Proxy),
-            (Cause::Silent(Duration::ZERO), Blame::Proxy),
-            (Cause::Cut(String::new()), Blame::Proxy),
+            (Cause::Status(403), Blame::DeadProxy),
+            (Cause::Status(407), Blame::DeadProxy),
+            (Cause::ProxyStatus(503), Blame::DeadProxy),
+            (Cause::Gateway { status: 503, reason: String::new() }, Blame::HostThenProxy),
+            (Cause::ResolveProxy(String::new()), Blame::DeadProxy),
+            (Cause::Connect(String::new()), Blame::DeadProxy),
+            (Cause::Closed(String::new()), Blame::DeadProxy),
+            (Cause::Silent(Duration::ZERO), Blame::SlowProxy),
+            (Cause::Cut(String::new()), Blame::SlowProxy),
+            (Cause::TooSlow { limit: 1, window: Duration::ZERO }, Blame::SlowProxy),
             (Cause::Corrupt(String::new()), Blame::Host),
             (Cause::Certificate(String::new()), Blame::Host),
+            (Cause::Redirect(String::new()), Blame::Host),
         ];
         for (cause, blame) in through_proxy {
             assert_eq!(cause.blame(true), blame, "{cause}");

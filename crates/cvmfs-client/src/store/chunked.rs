@@ -274,7 +274,7 @@ impl ChunkedHandle {
         // The semaphore is never closed, and no chunk is larger than all of it.
         let _memory = self.store.0.chunked.memory.acquire_many(units).await;
         let mut sink = Verified::new(wanted, Vec::with_capacity(as_index(place.size)));
-        let request = Request { path: name.path(), object: describe(&name), max: wanted.max_stored() };
+        let request = Request::new(name.path(), describe(&name), wanted.max_stored());
         self.store.0.fetcher.transfer(&request, &mut sink, Deadline::after(LONGEST_DOWNLOAD)).await?;
         let bytes = sink.into_target();
         match part.store(chunk, place.offset, &bytes).map_err(|error| stored(&name, error))? {

@@ -198,7 +198,7 @@ impl ObjectStore {
         max: u64,
         patience: impl Into<Patience<'a>>,
     ) -> Result<Vec<u8>, FetchError> {
-        let request = Request { path: path.to_owned(), object: path.to_owned(), max };
+        let request = Request::new(path.to_owned(), path.to_owned(), max);
         self.0.fetcher.bytes(&request, patience)
     }
 
@@ -245,7 +245,7 @@ impl ObjectStore {
         }
         let txn = self.0.cache.begin(wanted.size).map_err(|error| stored(name, error))?;
         let mut sink = Verified::new(wanted, txn);
-        let request = Request { path, object: describe(name), max: wanted.max_stored() };
+        let request = Request::new(path, describe(name), wanted.max_stored());
         self.0.fetcher.transfer(&request, &mut sink, Deadline::after(LONGEST_DOWNLOAD)).await?;
         let stored_file = sink.into_target().commit(&file).map_err(|error| stored(name, error))?;
         Ok(Arc::new(stored_file))

@@ -126,7 +126,7 @@ fn judge(
 }
 
 fn servers(settings: &ClientSettings) -> Vec<String> {
-    settings.servers.clone()
+    settings.network.servers.clone()
 }
 
 fn proxies(settings: &ClientSettings) -> Vec<Proxy> {
