@@ -53,6 +53,8 @@ pub(crate) enum Verb {
     Tag(TagVerb),
     /// Publish an older revision anew
     Rollback(Rollback),
+    /// Show what differs between two revisions
+    Diff(Diff),
     /// Delete old revisions that nobody needs any more, with what only they refer to
     Gc(Gc),
     /// Renew the whitelist, and the manifest's signature after a change of the release key
@@ -229,6 +231,19 @@ pub(crate) struct Rollback {
     /// Tag of the revision to return to [default: the revision before the current one]
     #[arg(long, value_name = "NAME")]
     pub(crate) tag: Option<String>,
+}
+
+/// One line for each path: A added, R removed, M modified (and what of it). A revision is a tag, a number that a tag has, or the hash of a root catalog.
+#[derive(Debug, Args)]
+pub(crate) struct Diff {
+    #[command(flatten)]
+    pub(crate) repository: Reading,
+    /// The older revision
+    #[arg(long, value_name = "REVISION", default_value = cvmfs_format::history::TRUNK_PREVIOUS)]
+    pub(crate) from: String,
+    /// The newer revision
+    #[arg(long, value_name = "REVISION", default_value = cvmfs_format::history::TRUNK)]
+    pub(crate) to: String,
 }
 
 /// What stays: the current revision, all tagged ones, those that the rule names, and those replaced within the grace.

@@ -14,6 +14,7 @@
 //! | `workspace`, `apply` | private copies of catalogs, and a tree applied to them |
 //! | `publisher`, `commit` | transactions; from changed catalogs to a signed revision |
 //! | `create`, [`revisions`] | new repositories; tags, rollback, renewing signatures |
+//! | [`diff`] | what differs between two revisions |
 //! | [`collect`] | garbage collection |
 //! | [`mod@check`] | verification of a whole repository |
 //! | [`serve`] | a static HTTP server for trials |
@@ -24,6 +25,7 @@ pub mod collect;
 mod commit;
 mod create;
 pub mod decompress;
+pub mod diff;
 pub mod error;
 pub mod head;
 mod ingest;

@@ -10,6 +10,8 @@ use std::time::Duration;
 use cvmfs_format::signature::MasterKeys;
 use cvmfs_publish::check::{CheckOptions, CheckReport};
 use cvmfs_publish::collect::CollectOptions;
+use cvmfs_publish::diff::{self, Change, ChangeKind};
+use cvmfs_publish::head::Head;
 use cvmfs_publish::keys::{KeyFiles, read_public};
 use cvmfs_publish::revisions::{self, Info, TagInfo};
 use cvmfs_publish::serve::Server;
@@ -19,7 +21,7 @@ use cvmfs_publish::{
 };
 use serde::Serialize;
 
-use crate::cli::{Check, Cli, Gc, Ingest, Mkfs, Reading, Resign, Serve, Since, TagVerb, Verb, Writing};
+use crate::cli::{Check, Cli, Diff, Gc, Ingest, Mkfs, Reading, Resign, Serve, Since, TagVerb, Verb, Writing};
 use crate::progress::Progress;
 use crate::signals;
 
@@ -39,6 +41,7 @@ pub(crate) fn run(cli: Cli) -> Result<bool, PublishError> {
         Verb::Rollback(arguments) => {
             change(&arguments.repository, json, |publisher| publisher.rollback(arguments.tag.as_deref()))?;
         }
+        Verb::Diff(arguments) => diff(&arguments, json)?,
         Verb::Gc(arguments) => gc(arguments, json)?,
         Verb::Resign(arguments) => resign(&arguments, json)?,
         Verb::Info(arguments) => info(&arguments, json)?,
@@ -175,6 +178,43 @@ fn describe_tags(tags: &[TagInfo]) -> String {
         )
     };
     tags.iter().map(|tag| line(tag).trim_end().to_owned()).collect::<Vec<_>>().join("\n")
+}
+
+/// Changes are written as they are found: there may be millions.
+fn diff(arguments: &Diff, json: bool) -> Result<(), PublishError> {
+    let place = &arguments.repository.place;
+    let storage = storage::open(&place.storage)?;
+    let head = Head::load_ignoring_expiry(&*storage, &place.fqrn, &masters(&arguments.repository)?)?;
+    let from = diff::root_of(&*storage, &head.manifest, &arguments.from)?;
+    let to = diff::root_of(&*storage, &head.manifest, &arguments.to)?;
+    let failed = |source| PublishError::Local { action: "write to", path: "standard output".into(), source };
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    let mut count = 0_u64;
+    if json {
+        write!(out, r#"{{"fqrn":"{}","from":"{from}","to":"{to}","changes":["#, place.fqrn)
+            .map_err(failed)?;
+    }
+    diff::diff(&*storage, from, to, &mut |change: Change| {
+        let line = if json {
+            let separator = if count == 0 { "" } else { "," };
+            format!("{separator}{}", serde_json::to_string(&change).expect("changes have string keys only"))
+        } else {
+            let letter = match change.change {
+                ChangeKind::Added => 'A',
+                ChangeKind::Removed => 'R',
+                ChangeKind::Modified => 'M',
+            };
+            let what =
+                if change.what.is_empty() { String::new() } else { format!(" ({})", change.what.join(", ")) };
+            format!("{letter} {}{what}\n", change.path)
+        };
+        count += 1;
+        out.write_all(line.as_bytes()).map_err(failed)
+    })?;
+    if json {
+        writeln!(out, r#"],"count":{count}}}"#).map_err(failed)?;
+    }
+    out.flush().map_err(failed)
 }
 
 fn gc(arguments: Gc, json: bool) -> Result<(), PublishError> {

@@ -7,6 +7,7 @@ mod bad_input;
 mod check;
 mod collect;
 mod crash;
+mod diff;
 mod layers;
 mod model;
 mod revisions;
