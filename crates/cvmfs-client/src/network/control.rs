@@ -68,6 +68,18 @@ pub enum ProxyState {
     Unresolved,
 }
 
+impl ProxyState {
+    /// `alive`, `slow`, `burned` or `unresolved`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Alive => "alive",
+            Self::Slow => "slow",
+            Self::Burned => "burned",
+            Self::Unresolved => "unresolved",
+        }
+    }
+}
+
 /// A list of servers or proxies that cannot be taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("'{list}' is not usable: {reason}")]

@@ -229,10 +229,15 @@ impl Context {
         if side == Side::External {
             return Vec::new();
         }
-        let current = repository.store().status().host;
-        let hosts = repository.settings().servers.iter();
+        let hosts = repository.store().fetcher().host_info().into_iter();
         hosts
-            .map(|url| HostStatus { url: redacted(url), current: *url == current, round_trip_ms: None })
+            .map(|host| HostStatus {
+                url: redacted(&host.url),
+                current: host.is_current,
+                round_trip_ms: host
+                    .round_trip
+                    .map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
+            })
             .collect()
     }
 
@@ -242,16 +247,17 @@ impl Context {
         if side == Side::External {
             return Vec::new();
         }
-        let current = repository.store().status().proxy;
-        let groups = repository.settings().proxies.iter().enumerate();
+        let info = repository.store().fetcher().proxy_info();
+        let first_fallback = info.first_fallback_group;
+        let groups = info.groups.into_iter().enumerate();
         groups
-            .flat_map(|(group, members)| members.iter().map(move |proxy| (group, proxy.display())))
-            .map(|(group, url)| ProxyStatus {
+            .flat_map(|(group, members)| members.into_iter().map(move |proxy| (group, proxy)))
+            .map(|(group, proxy)| ProxyStatus {
                 group,
-                fallback: false,
-                state: "unknown".into(),
-                current: url == current,
-                url,
+                fallback: group >= first_fallback,
+                state: proxy.state.name().into(),
+                current: proxy.is_current,
+                url: proxy.url,
             })
             .collect()
     }

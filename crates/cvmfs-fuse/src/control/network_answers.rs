@@ -8,11 +8,14 @@ use super::command::Command;
 use super::status::{HostStatus, ProxyStatus};
 
 pub(super) fn answer(context: &Context, command: &Command) -> String {
-    let settings = context.mount.view.repository().settings();
+    let fetcher = context.mount.view.repository().store().fetcher();
     match command {
         Command::HostInfo(side) => host_info(&context.hosts(*side)),
         Command::ProxyInfo(side) => proxy_info(&context.proxies(*side)),
-        Command::TimeoutInfo => timeout_info(settings.timeout, settings.timeout_direct),
+        Command::TimeoutInfo => {
+            let (proxied, direct) = fetcher.timeouts();
+            timeout_info(proxied, direct)
+        }
         _ => "not supported".into(),
     }
 }

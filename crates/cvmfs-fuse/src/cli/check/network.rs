@@ -7,7 +7,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use cvmfs_client::config::{ClientSettings, Proxy};
+use cvmfs_client::config::{ClientSettings, NetworkSettings, Proxy, ProxyGroup, ProxyList};
 use cvmfs_client::deadline::Deadline;
 use cvmfs_client::network::{Cause, FetchError, Fetcher, Request};
 use cvmfs_format::letter::MAX_LETTER;
@@ -131,9 +131,13 @@ fn servers(settings: &ClientSettings) -> Vec<String> {
 
 fn proxies(settings: &ClientSettings) -> Vec<Proxy> {
     let mut found: Vec<Proxy> = Vec::new();
-    for proxy in settings.proxies.iter().flatten() {
-        if !found.contains(proxy) {
-            found.push(proxy.clone());
+    // Groups written `auto` are not asked one by one: who they are is known once they are discovered.
+    for group in settings.network.proxies.regular.iter().chain(&settings.network.proxies.fallback) {
+        let ProxyGroup::Listed(proxies) = group else { continue };
+        for proxy in proxies {
+            if !found.contains(proxy) {
+                found.push(proxy.clone());
+            }
         }
     }
     found
@@ -141,12 +145,15 @@ fn proxies(settings: &ClientSettings) -> Vec<Proxy> {
 
 /// Settings with this server and this proxy only, and one attempt.
 fn only(settings: &ClientSettings, server: &str, proxy: &Proxy) -> ClientSettings {
-    ClientSettings {
+    let network = NetworkSettings {
         servers: vec![server.to_owned()],
-        proxies: vec![vec![proxy.clone()]],
+        proxies: ProxyList::new(vec![ProxyGroup::Listed(vec![proxy.clone()])], Vec::new()),
+        use_geo_api: false,
+        fail_over_indefinitely: false,
         max_retries: 0,
-        ..settings.clone()
-    }
+        ..settings.network.clone()
+    };
+    ClientSettings { network, ..settings.clone() }
 }
 
 /// Which server is asked through which proxy.
@@ -188,8 +195,7 @@ fn ask_one(settings: &ClientSettings, proxy: &Proxy, deadline: Deadline) -> Resu
     let fetcher = Fetcher::new(settings)
         .map_err(|error| failure(crate::filesystem::chain(&error), "correct CVMFS_HTTP_PROXY"))?;
     let started = Instant::now();
-    let request =
-        Request { path: ".cvmfspublished".into(), object: "manifest".into(), max: MAX_LETTER as u64 };
+    let request = Request::new(".cvmfspublished", "manifest", MAX_LETTER as u64);
     let text = fetcher.bytes(&request, deadline).map_err(|error| explain(&error, *proxy != Proxy::Direct))?;
     let time = started.elapsed();
     let manifest = Manifest::parse(&text).map_err(|error| {
@@ -206,7 +212,9 @@ fn explain(error: &FetchError, proxied: bool) -> Failure {
     let advice = match error {
         FetchError::NotFound { .. } => "there is no such repository on this server: correct CVMFS_SERVER_URL",
         FetchError::Network { cause, .. } => match cause {
-            Cause::Resolve(_) => "correct the name, or mend the name service of this machine",
+            Cause::Resolve(_) | Cause::ResolveProxy(_) => {
+                "correct the name, or mend the name service of this machine"
+            }
             Cause::Connect(_) if proxied => "see whether the proxy runs and lets this machine connect",
             Cause::Connect(_) => {
                 "see whether the server runs; a site that needs a proxy lists it in CVMFS_HTTP_PROXY"
