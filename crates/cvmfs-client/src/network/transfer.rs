@@ -216,6 +216,7 @@ impl Attempt<'_> {
             target.push_str(&url.authority());
         }
         target.push_str(&url.path);
+        // A URL that is complete, such as that of a proxy configuration file, has no path below it.
         if !path.is_empty() || url.path.is_empty() {
             target.push('/');
             target.push_str(path);
@@ -342,7 +343,9 @@ impl Attempt<'_> {
         if !is_inside {
             return Err(Cause::LocalFile("the path leads out of the server's directory".to_owned()).into());
         }
-        let mut file = File::open(Path::new(&self.route.host.url.path).join(relative)).map_err(failed)?;
+        let base = Path::new(&self.route.host.url.path);
+        let path = if relative.as_os_str().is_empty() { base.to_owned() } else { base.join(relative) };
+        let mut file = File::open(path).map_err(failed)?;
         let mut left = u64::MAX;
         if let Some((first, last)) = self.request.range {
             file.seek(SeekFrom::Start(first)).map_err(failed)?;
