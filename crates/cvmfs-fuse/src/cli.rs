@@ -1,4 +1,4 @@
-//! The command line of `cvmfs-client`, and its mount(8) helper form.
+//! The command line of `cvmfs-client`.
 
 mod check;
 mod config;
@@ -11,11 +11,13 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use cvmfs_client::config::{Config, ProcessSettings};
 use cvmfs_client::error::ClientError;
 
 use crate::control;
 use crate::launch::{self, MountError, MountRequest};
 use crate::logging::redaction::redacted;
+use crate::mount_helper;
 use crate::mount_options::MountOptions;
 
 /// Default place of the configuration.
@@ -143,8 +145,10 @@ struct MountArguments {
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     let invoked = std::env::args_os().next().unwrap_or_default();
-    if Path::new(&invoked).file_name().is_some_and(|name| name == "mount.cvmfs") {
-        return mount_helper();
+    match Path::new(&invoked).file_name().and_then(|name| name.to_str()) {
+        Some("mount.cvmfs") => return mount_helper::main(Path::new(CONFIGURATION), MOUNT_TIMEOUT),
+        Some("auto.cvmfs") => return mount_helper::autofs_map(),
+        _ => {}
     }
     let cli = Cli::parse();
     let outcome = match &cli.verb {
@@ -194,10 +198,13 @@ struct NotMounted(String);
 fn request_of(cli: &Cli, arguments: &MountArguments) -> anyhow::Result<MountRequest> {
     let options = MountOptions::parse(&arguments.options)?;
     let mountpoint = std::path::absolute(&arguments.mountpoint)?;
+    let sources = options.sources(Path::new(CONFIGURATION));
+    let config = Config::load(&arguments.fqrn, &sources).map_err(ClientError::from)?;
     Ok(MountRequest {
+        process: ProcessSettings::from(&config).map_err(ClientError::from)?,
         fqrn: arguments.fqrn.clone(),
         mountpoint: mountpoint.clone(),
-        sources: options.sources(Path::new(CONFIGURATION)),
+        sources,
         layer_view: options.layer_view,
         allow_other: options.allow_other || rustix::process::geteuid().is_root(),
         suid_and_devices: options.layer_view || options.suid,
@@ -274,49 +281,4 @@ fn talk(fqrn: &str, command: &[String]) -> anyhow::Result<ExitCode> {
     } else {
         ExitCode::SUCCESS
     })
-}
-
-/// `mount.cvmfs FQRN MOUNTPOINT [-sfnv] [-o OPTIONS]`, as mount(8) calls it.
-/// Exit codes are mount(8)'s: 0, 1 wrong usage or configuration, 32 mount failure.
-fn mount_helper() -> ExitCode {
-    let mut positional = Vec::new();
-    let mut options = Vec::new();
-    let mut dry_run = false;
-    let mut arguments = std::env::args().skip(1);
-    while let Some(argument) = arguments.next() {
-        match argument.as_str() {
-            "-o" => options.extend(arguments.next()),
-            "-f" => dry_run = true,
-            flag if flag.starts_with("-o") => options.push(flag[2..].to_owned()),
-            flag if flag.starts_with('-') => {}
-            _ => positional.push(argument),
-        }
-    }
-    let [device, mountpoint] = positional.as_slice() else {
-        eprintln!("usage: mount.cvmfs FQRN MOUNTPOINT [-o OPTIONS]");
-        return ExitCode::FAILURE;
-    };
-    // The device may be written as a path; only its last component counts.
-    let fqrn = device.rsplit('/').next().unwrap_or(device).to_owned();
-    let cli = Cli {
-        log_level: "info".into(),
-        log_format: LogFormat::Text,
-        json: false,
-        verb: Verb::Status { fqrn: None },
-    };
-    let arguments =
-        MountArguments { fqrn, mountpoint: PathBuf::from(mountpoint), options, foreground: false };
-    let outcome = request_of(&cli, &arguments).and_then(|request| {
-        if !dry_run {
-            launch::mount(&request, MOUNT_TIMEOUT)?;
-        }
-        Ok(())
-    });
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("mount.cvmfs: {}", redacted(&format!("{error:#}")));
-            ExitCode::from(if error.is::<Usage>() { 1 } else { 32 })
-        }
-    }
 }

@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use cvmfs_client::config::ConfigSources;
+use cvmfs_client::config::{ConfigSources, ProcessSettings};
 use serde::{Deserialize, Serialize};
 
 use crate::control;
@@ -37,6 +38,9 @@ pub struct MountRequest {
     pub log_json: bool,
     /// Log file, bounded in size; standard error if none is given.
     pub log_file: Option<PathBuf>,
+    /// Limits and placement of the processes.
+    #[serde(default)]
+    pub process: ProcessSettings,
 }
 
 /// `ConfigSources` belongs to the client crate, which does not serialise it.
@@ -242,7 +246,7 @@ fn start_supervisor(request: &MountRequest) -> Result<std::process::Child, Mount
         }
     };
     Command::new("/proc/self/exe")
-        .arg0("cvmfs-supervisor")
+        .arg0(crate::process::shown_name("cvmfs-supervisor", &request.process))
         .arg(crate::SUPERVISOR_ROLE)
         .arg(&request.fqrn)
         .arg(&request.mountpoint)
@@ -271,16 +275,68 @@ fn wait_for_root(mounted: &Mounted, end: Instant) -> Result<(), MountError> {
     }
 }
 
-fn check_mountpoint(given: &Path) -> Result<PathBuf, MountError> {
+/// The absolute path of a mount point. Its parent is resolved, the mount point itself not touched: it may be a dead
+/// mount.
+pub(crate) fn absolute(given: &Path) -> Result<PathBuf, MountError> {
     let refuse = |reason: String| MountError::Mountpoint { mountpoint: given.to_owned(), reason };
-    // The parent is resolved, the mount point itself not touched: it may be a dead mount.
     let absolute = std::path::absolute(given).map_err(|error| refuse(error.to_string()))?;
     let name = absolute.file_name().ok_or_else(|| refuse("cannot mount over this directory".into()))?;
     let parent = absolute.parent().unwrap_or(Path::new("/"));
     let parent = parent
         .canonicalize()
         .map_err(|error| refuse(format!("{}: {error}; create the mount point first", parent.display())))?;
-    let mountpoint = parent.join(name);
+    Ok(parent.join(name))
+}
+
+/// Whether anything is mounted exactly here in this mount namespace.
+pub(crate) fn is_mountpoint(path: &Path) -> bool {
+    matches!(mounted_type(path), Ok(Some(_)))
+}
+
+/// Makes a mount that runs already visible in this mount namespace too: the kernel attaches the same connection.
+///
+/// # Errors
+/// If the supervisor's descriptor cannot be taken over, which needs its privileges, or the kernel refuses.
+pub(crate) fn attach(running: &Mounted, request: &MountRequest) -> Result<(), MountError> {
+    let failed = || MountError::system(format!("cannot attach to the running mount of {}", running.fqrn));
+    let device = connection_of(running.supervisor_pid).map_err(failed())?;
+    kernel_mount(device.as_fd(), request).map_err(failed())
+}
+
+/// A duplicate of the descriptor by which a supervisor holds its connection.
+fn connection_of(supervisor: u32) -> io::Result<OwnedFd> {
+    use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+    let gone = || io::Error::from(io::ErrorKind::NotFound);
+    let mut numbers = fs::read_dir(format!("/proc/{supervisor}/fd"))?.flatten().filter_map(|entry| {
+        let is_device = fs::read_link(entry.path()).is_ok_and(|target| target == Path::new("/dev/fuse"));
+        is_device.then(|| entry.file_name().to_str()?.parse().ok()).flatten()
+    });
+    let number = numbers.next().ok_or_else(gone)?;
+    let process = Pid::from_raw(supervisor.cast_signed()).ok_or_else(gone)?;
+    let process = pidfd_open(process, PidfdFlags::empty())?;
+    Ok(pidfd_getfd(process, number, PidfdGetfdFlags::empty())?)
+}
+
+/// Mounts the connection behind `device` as the request says.
+pub(crate) fn kernel_mount(device: BorrowedFd<'_>, request: &MountRequest) -> io::Result<()> {
+    let mut flags = libc::MS_RDONLY;
+    if !request.suid_and_devices {
+        flags |= libc::MS_NOSUID | libc::MS_NODEV;
+    }
+    let mut options = format!(
+        "rootmode=40000,user_id={},group_id={},default_permissions",
+        rustix::process::geteuid().as_raw(),
+        rustix::process::getegid().as_raw()
+    );
+    if request.allow_other {
+        options.push_str(",allow_other");
+    }
+    crate::syscall::mount_fuse(device, &request.fqrn, &request.mountpoint, flags, &options)
+}
+
+fn check_mountpoint(given: &Path) -> Result<PathBuf, MountError> {
+    let refuse = |reason: String| MountError::Mountpoint { mountpoint: given.to_owned(), reason };
+    let mountpoint = absolute(given)?;
     match mounted_type(&mountpoint).map_err(|error| refuse(format!("cannot read mountinfo: {error}")))? {
         Some(kind) if kind == FILE_SYSTEM_TYPE => {
             if is_alive(&mountpoint) {
@@ -304,7 +360,7 @@ fn check_mountpoint(given: &Path) -> Result<PathBuf, MountError> {
 }
 
 /// Creates the run directory, private to its owner.
-fn create_run_directory() -> Result<(), MountError> {
+pub(crate) fn create_run_directory() -> Result<(), MountError> {
     let directory = run_directory();
     let what = format!("cannot use the run directory {}", directory.display());
     match fs::DirBuilder::new().mode(0o700).recursive(true).create(&directory) {

@@ -24,8 +24,10 @@ pub mod layer_view;
 mod logging;
 mod magic;
 pub mod metrics;
+mod mount_helper;
 mod mount_options;
 pub mod nodes;
+mod process;
 mod shared_state;
 mod slow_lane;
 mod supervisor;
@@ -43,6 +45,9 @@ pub(crate) const SUPERVISOR_ROLE: &str = "--cvmfs-supervisor";
 /// First argument of a re-executed binary that shall act as worker.
 pub(crate) const WORKER_ROLE: &str = "--cvmfs-worker";
 
+/// First argument of a re-executed binary that shall look at a directory, so that an automounter mounts it.
+pub(crate) const VISITOR_ROLE: &str = "--cvmfs-visitor";
+
 /// Runs the supervisor or worker role if this process was started for one of them.
 ///
 /// A binary that mounts re-executes itself for both roles, so that one static file
@@ -52,6 +57,7 @@ pub fn internal_main() -> Option<ExitCode> {
     match arguments.next()?.to_str()? {
         SUPERVISOR_ROLE => Some(supervisor::run()),
         WORKER_ROLE => Some(worker::run()),
+        VISITOR_ROLE => Some(mount_helper::visitor(arguments)),
         _ => None,
     }
 }

@@ -7,7 +7,7 @@ use cvmfs_client::config::ConfigSources;
 use crate::cli::Usage;
 
 /// Options of fstab and mount(8) that mean nothing here and must not be refused.
-const IGNORED: [&str; 22] = [
+const IGNORED: [&str; 31] = [
     "_netdev",
     "async",
     "auto",
@@ -29,6 +29,15 @@ const IGNORED: [&str; 22] = [
     "system_mount",
     "user",
     "users",
+    "allow_root",
+    "debug",
+    "default_permissions",
+    "disable_watchdog",
+    "foreground",
+    "fuse_debug",
+    "nonempty",
+    "rw",
+    "simple_options_parsing",
     "grab_mountpoint",
 ];
 
@@ -40,6 +49,7 @@ pub(crate) struct MountOptions {
     pub(crate) layer_view: bool,
     pub(crate) allow_other: bool,
     pub(crate) suid: bool,
+    pub(crate) remount: bool,
 }
 
 impl MountOptions {
@@ -57,6 +67,7 @@ impl MountOptions {
                 }
                 Some((key, _)) if ["fsname", "uid", "gid", "libfuse", "comment"].contains(&key) => {}
                 Some((key, _)) if key.starts_with("x-") => {}
+                None if option == "remount" => options.remount = true,
                 None if option == "layer_view" => options.layer_view = true,
                 None if option == "allow_other" => options.allow_other = true,
                 None if option == "cvmfs_suid" || option == "suid" => options.suid = true,

@@ -15,7 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal};
 
 use crate::control;
-use crate::launch::{MountRequest, Mounted, Report, lazy_unmount};
+use crate::launch::{MountRequest, Mounted, Report, kernel_mount, lazy_unmount};
 use crate::shared_state::SharedState;
 use crate::syscall;
 
@@ -63,11 +63,13 @@ struct Supervisor {
 }
 
 fn supervise() -> Result<(), Failure> {
-    syscall::new_session();
     let mut text = Vec::new();
     io::stdin().read_to_end(&mut text).map_err(Failure::of("cannot read the mount request"))?;
     let request: MountRequest = serde_json::from_slice(&text)
         .map_err(|error| Failure { message: format!("bad mount request: {error}"), exit_code: 2 })?;
+    crate::process::apply(&request.process, &|problem| {
+        eprintln!("cvmfs-supervisor: {}: {problem}", request.fqrn);
+    });
     let device = syscall::open_fuse_device().map_err(Failure::of(
         "cannot open /dev/fuse (load the kernel module with `modprobe fuse`, or pass the device to the container)",
     ))?;
@@ -76,6 +78,9 @@ fn supervise() -> Result<(), Failure> {
     let signals = syscall::signal_descriptor().map_err(Failure::of("cannot receive signals"))?;
     let supervisor = Supervisor { request, device, memory, state, signals };
     let (worker, mounted) = supervisor.start()?;
+    // Only now: below an autofs directory, whoever is outside of the automounter's process group waits for the very
+    // mount that is made here.
+    syscall::new_session();
     let record = control::record_path(&mounted.fqrn, &mounted.mountpoint);
     control::write_record(&mounted).map_err(Failure::of("cannot write the mount record"))?;
     // The parent waits for this line; a parent that has gone is no reason to end.
@@ -115,7 +120,7 @@ impl Supervisor {
 
     fn connect(&self, worker: &mut Child) -> Result<(), Failure> {
         self.wait_until_ready(worker)?;
-        self.mount().map_err(|error| Failure {
+        kernel_mount(self.device.as_fd(), &self.request).map_err(|error| Failure {
             message: format!(
                 "cannot mount at {}: {error}{}",
                 self.request.mountpoint.display(),
@@ -141,7 +146,7 @@ impl Supervisor {
     fn spawn_worker(&self) -> io::Result<Child> {
         let mut command = Command::new("/proc/self/exe");
         command
-            .arg0("cvmfs-worker")
+            .arg0(crate::process::shown_name("cvmfs-worker", &self.request.process))
             .arg(crate::WORKER_ROLE)
             .arg(&self.request.fqrn)
             .arg(self.device.as_raw_fd().to_string())
@@ -177,28 +182,6 @@ impl Supervisor {
         let mut polled = [PollFd::new(output, PollFlags::IN), PollFd::new(&self.signals, PollFlags::IN)];
         poll_for(&mut polled, timeout)?;
         Ok(polled[1].revents().is_empty() && !polled[0].revents().is_empty())
-    }
-
-    fn mount(&self) -> io::Result<()> {
-        let mut flags = libc::MS_RDONLY;
-        if !self.request.suid_and_devices {
-            flags |= libc::MS_NOSUID | libc::MS_NODEV;
-        }
-        let mut options = format!(
-            "rootmode=40000,user_id={},group_id={},default_permissions",
-            rustix::process::geteuid().as_raw(),
-            rustix::process::getegid().as_raw()
-        );
-        if self.request.allow_other {
-            options.push_str(",allow_other");
-        }
-        syscall::mount_fuse(
-            self.device.as_fd(),
-            &self.request.fqrn,
-            &self.request.mountpoint,
-            flags,
-            &options,
-        )
     }
 
     /// Restarts the worker whenever it dies, until the mount is gone or a signal ends it.

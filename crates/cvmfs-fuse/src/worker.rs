@@ -47,6 +47,9 @@ const NEXT_EPOCH: [u32; 4] = [16, 8, 0, 0];
 /// Entry point of the role.
 pub(crate) fn run() -> ExitCode {
     syscall::unblock_signals();
+    // The supervisor stays in the caller's session until the repository is mounted; a worker never touches the mount
+    // point, and may have to trigger the automounter for the configuration repository.
+    syscall::new_session();
     match serve() {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

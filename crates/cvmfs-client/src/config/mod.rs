@@ -19,6 +19,7 @@ mod files;
 mod name;
 mod network_settings;
 mod parameters;
+mod process_settings;
 mod revision_settings;
 mod settings;
 mod syntax;
@@ -36,6 +37,7 @@ pub use network_settings::{
 };
 pub(crate) use network_settings::{at_least_a_second, parse_servers, without_credentials};
 pub use parameters::{Support, closest, support};
+pub use process_settings::ProcessSettings;
 pub use revision_settings::Selection;
 pub use settings::ClientSettings;
 
@@ -263,6 +265,24 @@ impl Config {
         Ok(config.get("CVMFS_DEFAULT_DOMAIN").map(|setting| setting.value.clone()))
     }
 
+    /// The directory in which the configuration repository of `fqrn` keeps its files; `None` without such a
+    /// repository, and for itself. Does not touch that directory.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn configuration_repository(
+        fqrn: &str,
+        sources: &ConfigSources,
+    ) -> Result<Option<PathBuf>, ConfigError> {
+        if sources.files.is_some() {
+            return Ok(None);
+        }
+        let mut config = Self::empty(fqrn, sources);
+        config.load_defaults(&sources.directory)?;
+        config.apply_overrides(sources);
+        Ok(config.shared_directory()?.map(|(_, directory)| directory))
+    }
+
     /// The repository's name.
     pub fn fqrn(&self) -> &str {
         &self.fqrn
@@ -433,23 +453,25 @@ impl Config {
         files::evaluate(self, path, text);
     }
 
+    /// The name of the configuration repository and the directory with its files, if there is one to be read.
+    fn shared_directory(&self) -> Result<Option<(Setting, PathBuf)>, ConfigError> {
+        let Some(setting) = self.get("CVMFS_CONFIG_REPOSITORY").cloned() else { return Ok(None) };
+        if setting.value.is_empty() || setting.value == self.fqrn {
+            return Ok(None);
+        }
+        if validate_fqrn(&setting.value).is_err() {
+            return Err(self.invalid("CVMFS_CONFIG_REPOSITORY", &setting, "expected a repository name"));
+        }
+        let mount_dir = self.get("CVMFS_MOUNT_DIR").map_or("/cvmfs", |setting| setting.value.as_str());
+        let directory = Path::new(mount_dir).join(&setting.value).join("etc/cvmfs");
+        Ok(Some((setting, directory)))
+    }
+
     /// Reads the three files of the configuration repository. It is another mount: reading it is given a limited
     /// time on a thread of its own, so that a dead mount cannot hang this one.
     fn read_config_repository(&mut self, domain: &str) -> Result<SharedFiles, ConfigError> {
-        let Some(setting) = self.get("CVMFS_CONFIG_REPOSITORY").cloned() else {
-            return Ok(SharedFiles::default());
-        };
-        if setting.value.is_empty() || setting.value == self.fqrn {
-            return Ok(SharedFiles::default());
-        }
+        let Some((setting, directory)) = self.shared_directory()? else { return Ok(SharedFiles::default()) };
         let required = self.switch("CVMFS_CONFIG_REPO_REQUIRED", false)?;
-        let mount_dir = self.get("CVMFS_MOUNT_DIR").map_or("/cvmfs", |setting| setting.value.as_str());
-        let directory = match validate_fqrn(&setting.value) {
-            Ok(()) => Path::new(mount_dir).join(&setting.value).join("etc/cvmfs"),
-            Err(_) => {
-                return Err(self.invalid("CVMFS_CONFIG_REPOSITORY", &setting, "expected a repository name"));
-            }
-        };
         let (domain, fqrn, inside) = (domain.to_owned(), self.fqrn.clone(), directory.clone());
         match patiently(move || SharedFiles::read(&inside, &domain, &fqrn)).flatten() {
             Some(files) => Ok(files),

@@ -58,6 +58,7 @@ impl ClientMounts {
             log_level: tracing::level_filters::LevelFilter::current().to_string().to_ascii_lowercase(),
             log_json: self.options.log_json,
             log_file: None,
+            process: cvmfs_client::config::ProcessSettings::default(),
         }
     }
 
