@@ -10,6 +10,7 @@
 //! | [`routes`], [`shard`] | which host and way the next request takes; what is known against them |
 //! | [`journey`], [`failure`] | where a request goes after an attempt failed; whom a failure blames |
 //! | [`transfer`], [`connection`], [`wire`], [`tls`] | one attempt |
+//! | [`local`] | a runtime for each thread that waits |
 //! | [`preparation`], [`roster`], [`names`], [`discovery`], [`pac`], [`geo`] | proxies and hosts before the first request, and when names change |
 //! | [`control`] | what an administrator asks and changes while mounted |
 //!
@@ -26,6 +27,7 @@ mod discovery;
 mod failure;
 mod geo;
 mod journey;
+mod local;
 mod names;
 mod pac;
 mod preparation;
@@ -67,7 +69,7 @@ use way::Host;
 
 /// Requests under way at once, as in the C++ client: enough to fill a link, few enough to be fair to a proxy.
 const MAX_CONNECTIONS: usize = 16;
-/// Threads of the runtime: they wait for sockets, and do the work of callers who left.
+/// Threads of the common runtime, which does what nobody waits for: readahead, names, idle connections.
 const RUNTIME_THREADS: usize = 2;
 
 /// Why a fetcher cannot be set up.
@@ -308,20 +310,25 @@ impl Fetcher {
         NetworkStatus { host, proxy, online, last_error }
     }
 
-    /// The runtime that continues work whose starter has left.
+    /// The runtime of work that nobody waits for.
     pub(crate) fn runtime(&self) -> &Handle {
         self.0.handle()
     }
 
     /// Drives `work` on the calling thread until it is done or the caller leaves.
     pub(crate) fn wait<T>(&self, work: impl Future<Output = T>, patience: Patience<'_>) -> Result<T, Leave> {
-        self.runtime().block_on(async {
+        local::drive(self.runtime(), async {
             tokio::select! {
                 biased;
                 outcome = work => Ok(outcome),
                 leave = patience.exhausted() => Err(leave),
             }
         })
+    }
+
+    /// Lets work go on that [`Fetcher::wait`] began on this thread and whose caller has left.
+    pub(crate) fn go_on(&self, work: impl Future<Output = ()> + Send + 'static) {
+        local::leave(self.runtime(), work);
     }
 
     /// The error of a caller who left.

@@ -1,4 +1,7 @@
-//! A TCP connection with time-outs that the kernel keeps.
+//! A TCP connection with time-outs that the kernel keeps, driven by whatever thread uses it.
+//!
+//! A stream of tokio's is watched by the runtime that made it. This one moves to the runtime in which it is polled
+//! (see [`super::local`]): a kept connection follows the thread that takes it out of the pool.
 
 use std::io;
 use std::net::SocketAddr;
@@ -11,11 +14,18 @@ use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
+use super::local;
+
 /// A connection that is idle for so long is probed by the kernel.
 const KEEPALIVE: Duration = Duration::from_secs(15);
 
 #[derive(Debug)]
-pub(super) struct Wire(TcpStream);
+pub(super) struct Wire {
+    /// The runtime that watches the socket.
+    place: local::Place,
+    /// Only absent after a move to another runtime failed.
+    stream: Option<TcpStream>,
+}
 
 impl Wire {
     /// Connects to `address` within `timeout`; bytes that nobody acknowledges for that long end the connection.
@@ -34,7 +44,19 @@ impl Wire {
         sockopt::set_tcp_keepintvl(socket, KEEPALIVE)?;
         let patience = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
         sockopt::set_tcp_user_timeout(socket, patience)?;
-        Ok(Self(stream))
+        Ok(Self { place: local::here(), stream: Some(stream) })
+    }
+
+    /// The stream, watched by the runtime in which this is polled.
+    fn stream(&mut self) -> io::Result<Pin<&mut TcpStream>> {
+        let here = local::here();
+        if self.place != here
+            && let Some(stream) = self.stream.take()
+        {
+            self.stream = Some(TcpStream::from_std(stream.into_std()?)?);
+            self.place = here;
+        }
+        self.stream.as_mut().map(Pin::new).ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 }
 
@@ -44,7 +66,7 @@ impl AsyncRead for Wire {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(context, buffer)
+        self.stream()?.poll_read(context, buffer)
     }
 }
 
@@ -54,14 +76,14 @@ impl AsyncWrite for Wire {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(context, bytes)
+        self.stream()?.poll_write(context, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(context)
+        self.stream()?.poll_flush(context)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(context)
+        self.stream()?.poll_shutdown(context)
     }
 }

@@ -69,7 +69,7 @@ where
                     Ok(value)
                 }
                 Err(leave) => {
-                    fetcher.runtime().spawn(flight.go_on(work));
+                    fetcher.go_on(flight.go_on(work));
                     Err(leave)
                 }
             };
