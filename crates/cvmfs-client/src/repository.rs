@@ -341,7 +341,7 @@ impl Repository {
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         match (&state.refused, &refused) {
             (None, Some(error)) => {
-                tracing::error!(fqrn = self.settings.fqrn, %error, "the mounted revision is refused");
+                tracing::error!(decision = "refusal", fqrn = self.settings.fqrn, %error, "the mounted revision is refused");
             }
             (Some(_), None) => tracing::info!(fqrn = self.settings.fqrn, revision, "no longer refused"),
             _ => {}

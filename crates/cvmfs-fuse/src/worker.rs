@@ -94,7 +94,11 @@ fn serve() -> Result<(), Failure> {
     logging::check_settings(&config).map_err(ClientError::from)?;
     let repository = match state.pin() {
         Some(pin) if state.is_answered() => {
-            tracing::warn!(workers = state.workers(), "taking over from a worker that died");
+            tracing::warn!(
+                decision = "worker-restart",
+                workers = state.workers(),
+                "taking over from a worker that died"
+            );
             Repository::resume(settings, Arc::new(SystemClock), pin)?
         }
         _ => {
@@ -126,9 +130,10 @@ fn serve() -> Result<(), Failure> {
         fqrn = request.fqrn,
         mountpoint = %request.mountpoint.display(),
         revision = mount.view.repository().snapshot().pinned().revision,
-        passthrough = mount.content.is_passthrough(),
         "serving"
     );
+    let mode = if mount.content.is_passthrough() { "passthrough" } else { "plain" };
+    tracing::info!(decision = "mode", mode, reason = "", "how reads are answered");
     let result = session.run();
     drop(stop);
     let _ = following.join();
@@ -258,7 +263,11 @@ fn follow(mount: Arc<Mount>, device: OwnedFd, stopped: mpsc::Receiver<()>) -> st
             if !mount.view.repository().settings().auto_update {
                 mount.view.repository().check_blacklists();
             } else if let Err(error) = refresh(&mount, &device) {
-                tracing::warn!(error = %chain(&error), "no newer revision could be had; staying");
+                let fqrn = &mount.view.repository().settings().fqrn;
+                tracing::warn!(
+                    decision = "refusal", fqrn, error = %chain(&error),
+                    "no newer revision could be had; staying"
+                );
             }
             looked = Instant::now();
         }

@@ -230,7 +230,7 @@ impl Space {
             record.mark_scanned();
         });
         tracing::info!(
-            cache = %self.directory.display(), files = removed.files, bytes = removed.bytes,
+            decision = "eviction", cache = %self.directory.display(), files = removed.files, bytes = removed.bytes,
             remaining = found.bytes.saturating_sub(removed.bytes), seconds = started.elapsed().as_secs_f64(),
             "cache eviction"
         );

@@ -276,7 +276,10 @@ impl Fetcher {
         if self.0.routes.host_failed(&route.host, now) {
             self.0.count.fail_overs.fetch_add(1, Ordering::Relaxed);
             let next = self.current_place();
-            tracing::warn!(host = route.host.base, next = next.host, reason, "host is left");
+            tracing::warn!(
+                decision = "fail-over", host = route.host.base, next_host = next.host, cause = reason,
+                "host is left"
+            );
         }
     }
 
@@ -492,7 +495,7 @@ impl Travel<'_> {
                 shared.count.fail_overs.fetch_add(1, Ordering::Relaxed);
                 let next = self::place(&journey.route);
                 tracing::warn!(
-                    object, host = place.host, proxy = place.proxy, %cause,
+                    decision = "fail-over", object, host = place.host, proxy = place.proxy, %cause,
                     next_host = next.host, next_proxy = next.proxy, "fail-over"
                 );
             }

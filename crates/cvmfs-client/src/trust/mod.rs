@@ -97,7 +97,7 @@ pub fn verify_or_last_good(
     if !store.is_cached(&root, Compression::Zlib, None) {
         return Err(error);
     }
-    tracing::warn!(fqrn = settings.fqrn, revision = known.revision, %error, "last good revision is used");
+    tracing::warn!(decision = "refusal", fqrn = settings.fqrn, revision = known.revision, %error, "last good revision is used");
     let manifest = Manifest {
         root_catalog: known.root_catalog,
         root_catalog_size: 0,

@@ -1,0 +1,174 @@
+//! `cvmfs-client check` names what prevents a mount and what to do about it, in bounded time.
+
+#![allow(clippy::unwrap_used, reason = "a story that cannot go on has failed")]
+
+mod common;
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use testkit::process::{Finished, run};
+use testkit::{Fault, Fixture, Origin, binary};
+
+/// The check's own bounds are shorter; the machine may be busy.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+struct Stage {
+    fixture: Fixture,
+    origin: Origin,
+}
+
+impl Stage {
+    fn new(name: &str) -> Stage {
+        let fixture = Fixture::unpack(name).unwrap();
+        let origin = Origin::serve(&fixture.storage).unwrap();
+        Stage { fixture, origin }
+    }
+
+    fn check(&self, options: &[&str]) -> Finished {
+        let config = self.fixture.client_config(&self.origin.url()).unwrap();
+        let mut all = vec![format!("config={}", config.display())];
+        all.extend(options.iter().map(|option| (*option).to_owned()));
+        let mut command = Command::new(binary("cvmfs-client"));
+        command.args(["check", &self.fixture.fqrn, "-o", &all.join(",")]);
+        let started = Instant::now();
+        let finished = run(command, PATIENCE).unwrap();
+        assert!(started.elapsed() < Duration::from_secs(40), "it took {:?}", started.elapsed());
+        finished
+    }
+}
+
+#[track_caller]
+fn assert_line(finished: &Finished, state: &str, words: &[&str]) {
+    let found = finished
+        .stdout
+        .lines()
+        .any(|line| line.starts_with(state) && words.iter().all(|word| line.contains(word)));
+    assert!(found, "no line '{state} … {words:?}' in\n{}", finished.output());
+}
+
+#[test]
+fn a_repository_that_can_be_mounted_is_fine_in_every_part() {
+    let stage = Stage::new("basic-sha1");
+    let finished = stage.check(&[]);
+    assert_eq!(finished.code(), Some(0), "{}", finished.output());
+    for subject in ["configuration", "fuse", "kernel", "cache", "proxy", "server", "trust", "whitelist"] {
+        assert_line(&finished, "ok", &[subject]);
+    }
+    assert!(finished.stdout.trim_end().ends_with("can be mounted, 0 warnings"), "{}", finished.output());
+}
+
+#[test]
+fn the_proxy_and_the_server_that_are_down_are_blamed_and_no_other() {
+    let stage = Stage::new("basic-sha1");
+    let proxy = Origin::serve(&stage.fixture.storage).unwrap();
+    let finished = stage.check(&[
+        &format!("CVMFS_HTTP_PROXY={}|http://127.0.0.1:9", proxy.url()),
+        &format!("CVMFS_SERVER_URL={};http://127.0.0.1:10/away", stage.origin.url()),
+    ]);
+    assert_eq!(finished.code(), Some(0), "one way works: {}", finished.output());
+    assert_line(&finished, "ok", &["proxy", &proxy.url()]);
+    assert_line(&finished, "WARNING", &["proxy", "http://127.0.0.1:9", "cannot connect"]);
+    assert_line(&finished, "ok", &["server", &stage.origin.url()]);
+    assert!(finished.stdout.contains("lets this machine connect"), "what to do: {}", finished.output());
+}
+
+#[test]
+fn a_proxy_that_refuses_is_told_from_a_server_that_lacks_the_repository() {
+    let stage = Stage::new("basic-sha1");
+    let refusing = Origin::serve(&stage.fixture.storage).unwrap();
+    refusing.set_fault("*", Fault::Status(403));
+    let finished = stage.check(&[&format!("CVMFS_HTTP_PROXY={};DIRECT", refusing.url())]);
+    assert_eq!(finished.code(), Some(0), "{}", finished.output());
+    assert_line(&finished, "WARNING", &["proxy", &refusing.url(), "403"]);
+    assert!(finished.stdout.contains("access rules"), "{}", finished.output());
+
+    stage.origin.set_fault("*", Fault::Status(404));
+    let finished = stage.check(&[]);
+    assert_eq!(finished.code(), Some(4), "{}", finished.output());
+    assert!(finished.stdout.contains("correct CVMFS_SERVER_URL"), "{}", finished.output());
+}
+
+#[test]
+fn servers_that_are_all_down_or_silent_are_exit_code_4() {
+    let stage = Stage::new("basic-sha1");
+    let finished = stage.check(&["CVMFS_SERVER_URL=http://127.0.0.1:9/away;http://127.0.0.1:10/away"]);
+    assert_eq!(finished.code(), Some(4), "{}", finished.output());
+    assert_line(&finished, "FAILED", &["server", "127.0.0.1:9", "cannot connect"]);
+    stage.origin.set_fault("*", Fault::Hang);
+    let finished = stage.check(&[]);
+    assert_eq!(finished.code(), Some(4), "{}", finished.output());
+    assert_line(&finished, "FAILED", &["server", &stage.origin.url()]);
+}
+
+#[test]
+fn a_broken_chain_of_trust_is_exit_code_3() {
+    for (name, word) in
+        [("bad-wrong-key", "key"), ("bad-expired-whitelist", "expired"), ("bad-manifest-sig", "manifest")]
+    {
+        let finished = Stage::new(name).check(&[]);
+        assert_eq!(finished.code(), Some(3), "{name}: {}", finished.output());
+        assert_line(&finished, "FAILED", &["trust", word]);
+        assert_line(&finished, "ok", &["server"]);
+    }
+}
+
+#[test]
+fn an_unknown_parameter_is_shown_with_its_line_and_a_wrong_value_fails() {
+    let stage = Stage::new("basic-sha1");
+    let config = stage.fixture.client_config(&stage.origin.url()).unwrap();
+    let mut text = std::fs::read_to_string(&config).unwrap();
+    let line = text.lines().count() + 1;
+    text.push_str("CVMFS_HTTP_PROXXY=DIRECT\n");
+    std::fs::write(&config, text).unwrap();
+    let check = |options: &str| {
+        let mut command = Command::new(binary("cvmfs-client"));
+        command.args(["check", &stage.fixture.fqrn, "-o"]);
+        command.arg(format!("config={}{options}", config.display()));
+        run(command, PATIENCE).unwrap()
+    };
+    let finished = check("");
+    assert_eq!(finished.code(), Some(0), "{}", finished.output());
+    let place = format!("{}:{line}", config.display());
+    assert_line(&finished, "WARNING", &["configuration", &place, "CVMFS_HTTP_PROXY?"]);
+    for wrong in [
+        "CVMFS_TIMEOUT=5s",
+        "CVMFS_SYSLOG_FACILITY=local3",
+        "CVMFS_METRICS_LISTEN=9100",
+        "CVMFS_TELEMETRY_SEND=yes",
+    ] {
+        let finished = check(&format!(",{wrong}"));
+        assert_eq!(finished.code(), Some(1), "{wrong}: {}", finished.output());
+        assert!(
+            finished.stdout.lines().any(|line| line.starts_with("FAILED") && line.contains("CVMFS_")),
+            "{}",
+            finished.output()
+        );
+    }
+}
+
+#[test]
+fn a_cache_that_cannot_be_written_fails_and_the_rest_is_still_checked() {
+    let stage = Stage::new("basic-sha1");
+    let finished = stage.check(&["CVMFS_CACHE_BASE=/proc/no/such"]);
+    assert_eq!(finished.code(), Some(1), "{}", finished.output());
+    assert_line(&finished, "FAILED", &["cache", "/proc/no/such"]);
+    assert_line(&finished, "ok", &["trust"]);
+}
+
+#[test]
+fn the_findings_are_one_json_document() {
+    let stage = Stage::new("basic-sha1");
+    let config = stage.fixture.client_config(&stage.origin.url()).unwrap();
+    let mut command = Command::new(binary("cvmfs-client"));
+    command.args(["--json", "check", &stage.fixture.fqrn, "-o", &format!("config={}", config.display())]);
+    let finished = run(command, PATIENCE).unwrap();
+    let document: serde_json::Value = serde_json::from_str(&finished.stdout).unwrap();
+    assert_eq!((&document["ok"], &document["fqrn"]), (&true.into(), &stage.fixture.fqrn.as_str().into()));
+    assert!(
+        document["revision"].as_u64().unwrap() > 0 && document["whitelist_expires"].is_i64(),
+        "{document}"
+    );
+    let findings = document["findings"].as_array().unwrap();
+    assert!(findings.iter().all(|one| one["state"] == "ok" && one["subject"].is_string()), "{document}");
+}
