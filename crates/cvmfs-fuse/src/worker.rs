@@ -37,6 +37,8 @@ const READERS: usize = 3;
 const REFRESH_DEADLINE: Duration = Duration::from_secs(30);
 /// A repository whose manifest asks for more frequent looks is looked at this often.
 const SHORTEST_TTL: Duration = Duration::from_secs(10);
+/// Time for the name of who receives telemetry; the end of a mount waits for it.
+const RESOLVE_PATIENCE: Duration = Duration::from_secs(2);
 /// How soon a changed time between looks counts.
 const TTL_CHECK: Duration = Duration::from_secs(5);
 
@@ -176,14 +178,6 @@ fn load_settings(
     Ok((settings, Options { kernel_cache, magic }, parameters))
 }
 
-/// The address of a name.
-fn resolve(name: &str) -> io::Result<std::net::IpAddr> {
-    Err(io::Error::new(
-        io::ErrorKind::Unsupported,
-        format!("give the address of {name}: names are not supported here"),
-    ))
-}
-
 /// Those who tell others about the mount; they end with it.
 struct Observers {
     _control: control::Control,
@@ -205,6 +199,11 @@ impl Observers {
         let own = control::socket_path(&request.fqrn, &request.mountpoint);
         let control =
             control::serve(&own, &settings.talk, Arc::new(move |command| answering.answer(command)))?;
+        let resolving = mount.clone();
+        let resolve = move |name: &str| {
+            let fetcher = resolving.view.repository().store().fetcher();
+            fetcher.address_of(name, Deadline::after(RESOLVE_PATIENCE)).map_err(io::Error::other)
+        };
         let telemetry =
             settings.telemetry.map(|influx| Telemetry::start(influx, move || context.status(), resolve));
         Ok(Observers {

@@ -249,6 +249,18 @@ impl Fetcher {
         self.0.names.set_name_server(server);
     }
 
+    /// An address of `name`, from the name servers of the configuration.
+    ///
+    /// # Errors
+    /// Why there is none, in words.
+    pub fn address_of(&self, name: &str, deadline: Deadline) -> Result<IpAddr, String> {
+        match self.wait(self.0.names.addresses(name), deadline.into()) {
+            Ok(Ok(addresses)) => addresses.first().copied().ok_or_else(|| format!("{name} has no address")),
+            Ok(Err(reason)) => Err(reason),
+            Err(_) => Err(format!("{name} was not resolved in time")),
+        }
+    }
+
     /// The time that the second of two requests for the manifest takes: the first one opens the connection.
     async fn measure(&self, host: Arc<Host>) -> Option<Duration> {
         preparation::ready(&self.0).await.ok()?;

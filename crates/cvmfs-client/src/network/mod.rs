@@ -277,7 +277,10 @@ impl Fetcher {
             self.0.count.fail_overs.fetch_add(1, Ordering::Relaxed);
             let next = self.current_place();
             tracing::warn!(
-                decision = "fail-over", host = route.host.base, next_host = next.host, cause = reason,
+                decision = "fail-over",
+                host = route.host.base,
+                next_host = next.host,
+                cause = reason,
                 "host is left"
             );
         }

@@ -121,9 +121,10 @@ fn in_use(current: bool, url: &str, more: Option<String>) -> String {
 }
 
 fn told_of(proxy: &ProxyStatus) -> Option<String> {
+    let name = proxy.name.as_ref().map_or(String::new(), |name| format!("{name}, "));
     let fallback = if proxy.fallback { ", fallback" } else { "" };
     let state = if proxy.state == "unknown" { String::new() } else { format!(", {}", proxy.state) };
-    Some(format!("group {}{fallback}{state}", proxy.group))
+    Some(format!("{name}group {}{fallback}{state}", proxy.group))
 }
 
 fn limit(bytes: u64) -> String {

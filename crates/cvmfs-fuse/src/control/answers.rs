@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use cvmfs_client::config::Config;
 use cvmfs_client::deadline::Deadline;
+use cvmfs_client::network::{Fetcher, HostInfo};
 use cvmfs_client::repository::Refreshed;
 use cvmfs_client::store::CacheUsage;
 use cvmfs_format::catalog::EntryKind;
@@ -223,31 +224,29 @@ impl Context {
         status.conclude()
     }
 
-    /// The servers; `None` of external files where there are none.
-    pub(super) fn hosts(&self, side: Side) -> Vec<HostStatus> {
-        let repository = self.mount.view.repository();
-        if side == Side::External {
-            return Vec::new();
+    /// Who fetches from the servers of this side; nobody if external files have none of their own.
+    pub(super) fn fetcher(&self, side: Side) -> Option<&Fetcher> {
+        let store = self.mount.view.repository().store();
+        match side {
+            Side::Regular => Some(store.fetcher()),
+            Side::External => None,
         }
-        let hosts = repository.store().fetcher().host_info().into_iter();
-        hosts
-            .map(|host| HostStatus {
-                url: redacted(&host.url),
-                current: host.is_current,
-                round_trip_ms: host
-                    .round_trip
-                    .map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
-            })
-            .collect()
     }
 
-    /// The proxies.
+    /// The servers in their present order.
+    pub(super) fn hosts(&self, side: Side) -> Vec<HostStatus> {
+        let hosts = self.fetcher(side).map(Fetcher::host_info).unwrap_or_default();
+        let shown = |host: HostInfo| HostStatus {
+            url: redacted(&host.url),
+            current: host.is_current,
+            round_trip_ms: host.round_trip.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
+        };
+        hosts.into_iter().map(shown).collect()
+    }
+
+    /// The proxies, group by group.
     pub(super) fn proxies(&self, side: Side) -> Vec<ProxyStatus> {
-        let repository = self.mount.view.repository();
-        if side == Side::External {
-            return Vec::new();
-        }
-        let info = repository.store().fetcher().proxy_info();
+        let Some(info) = self.fetcher(side).map(Fetcher::proxy_info) else { return Vec::new() };
         let first_fallback = info.first_fallback_group;
         let groups = info.groups.into_iter().enumerate();
         groups
@@ -257,7 +256,8 @@ impl Context {
                 fallback: group >= first_fallback,
                 state: proxy.state.name().into(),
                 current: proxy.is_current,
-                url: proxy.url,
+                url: redacted(&proxy.url),
+                name: proxy.name,
             })
             .collect()
     }

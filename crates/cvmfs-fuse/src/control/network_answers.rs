@@ -3,22 +3,79 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
+use cvmfs_client::deadline::Deadline;
+use cvmfs_client::network::InvalidList;
+
 use super::answers::Context;
 use super::command::Command;
 use super::status::{HostStatus, ProxyStatus};
+use crate::logging::redaction::redacted;
+
+/// Time for measuring all hosts, or for the Geo API.
+const PROBE_PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) fn answer(context: &Context, command: &Command) -> String {
     let fetcher = context.mount.view.repository().store().fetcher();
+    let done = || "OK".to_owned();
+    let set = |outcome: Result<(), InvalidList>| match outcome {
+        Ok(()) => "OK".into(),
+        Err(error) => format!("Failed, {}", redacted(&error.to_string())),
+    };
     match command {
         Command::HostInfo(side) => host_info(&context.hosts(*side)),
+        Command::HostSwitch(side) => match context.fetcher(*side) {
+            Some(fetcher) => {
+                fetcher.switch_host();
+                done()
+            }
+            None => NO_EXTERNAL.into(),
+        },
+        Command::HostSet(side, list) => match context.fetcher(*side) {
+            Some(fetcher) => set(fetcher.set_hosts(list)),
+            None => NO_EXTERNAL.into(),
+        },
+        Command::HostProbe => {
+            fetcher.probe_hosts(Deadline::after(PROBE_PATIENCE));
+            done()
+        }
+        Command::HostProbeGeo if fetcher.probe_geo(Deadline::after(PROBE_PATIENCE)) => done(),
+        Command::HostProbeGeo => "Failed".into(),
         Command::ProxyInfo(side) => proxy_info(&context.proxies(*side)),
+        Command::ProxySet(side, list) => match context.fetcher(*side) {
+            Some(fetcher) => set(fetcher.set_proxies(list)),
+            None => NO_EXTERNAL.into(),
+        },
+        Command::ProxyFallback(list) => set(fetcher.set_fallback_proxies(list)),
+        Command::ProxyRebalance => {
+            fetcher.rebalance_proxies();
+            done()
+        }
+        Command::ProxyGroupSwitch => {
+            fetcher.switch_proxy_group();
+            done()
+        }
         Command::TimeoutInfo => {
             let (proxied, direct) = fetcher.timeouts();
             timeout_info(proxied, direct)
         }
+        Command::TimeoutSet(proxied, direct) => {
+            fetcher.set_timeouts(*proxied, *direct);
+            done()
+        }
+        Command::NameserverGet => match fetcher.nameserver() {
+            Some(server) => format!("DNS server address: {server}"),
+            None => "DNS server not set.".into(),
+        },
+        Command::NameserverSet(server) => {
+            fetcher.set_nameserver(*server);
+            done()
+        }
         _ => "not supported".into(),
     }
 }
+
+/// The answer to a change of what is not configured.
+const NO_EXTERNAL: &str = "Failed, no servers of external files are configured (CVMFS_EXTERNAL_URL)";
 
 fn host_info(hosts: &[HostStatus]) -> String {
     if hosts.is_empty() {
@@ -56,7 +113,7 @@ fn proxy_info(proxies: &[ProxyStatus]) -> String {
 /// Where the C++ client shows for how long a name is resolved, this one shows what matters more.
 fn shown(proxy: &ProxyStatus) -> String {
     match proxy.state.as_str() {
-        "slow" | "burned" => format!("{} ({})", proxy.url, proxy.state),
+        "slow" | "burned" | "unresolved" => format!("{} ({})", proxy.url, proxy.state),
         _ => proxy.url.clone(),
     }
 }
@@ -83,6 +140,7 @@ mod tests {
             fallback,
             state: state.into(),
             current,
+            name: None,
         };
         let proxies = [
             proxy("http://p1:3128", 0, "burned", false, false),

@@ -125,6 +125,8 @@ pub struct HostStatus {
 pub struct ProxyStatus {
     /// URL without credentials, or `DIRECT`.
     pub url: String,
+    /// The name that the address in the URL was resolved from.
+    pub name: Option<String>,
     /// Number of its group, from 0.
     pub group: usize,
     /// Whether the group is a fallback.
