@@ -37,7 +37,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn variables_are_replaced_once_and_open_ones_stay() {
+    fn row_40_variables_are_replaced_once_and_open_ones_stay() {
         let value = |name: &[u8]| match name {
             b"ARCH" => Some(b"x86_64-el9".to_vec()),
             b"EMPTY" => Some(Vec::new()),

@@ -92,6 +92,9 @@ pub enum HashError {
     /// The text is not hexadecimal digits followed by an algorithm identifier.
     #[error("not a content hash: {0:?}")]
     NotAHash(String),
+    /// Forty digits are followed by the identifier of an algorithm that nobody knows.
+    #[error("unsupported hash {0:?}")]
+    Unsupported(String),
     /// The name of an algorithm is none of `sha1`, `rmd160`, `shake128`.
     #[error("unknown hash algorithm {0:?} (known: sha1, rmd160, shake128)")]
     UnknownAlgorithm(String),
@@ -211,7 +214,10 @@ impl ContentHash {
         let algorithm = HashAlgorithm::ALL
             .into_iter()
             .find(|algorithm| algorithm.identifier().as_bytes() == identifier)
-            .ok_or_else(not_a_hash)?;
+            .ok_or_else(|| match identifier.starts_with(b"-") {
+                true => HashError::Unsupported(shown(text)),
+                false => not_a_hash(),
+            })?;
         let mut digest = [0; DIGEST_SIZE];
         hex::decode_to_slice(digits, &mut digest).map_err(|_| not_a_hash())?;
         Ok(Self { algorithm, digest })

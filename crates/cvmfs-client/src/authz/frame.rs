@@ -141,9 +141,9 @@ fn credentials(message: &Message) -> Result<Option<Credentials>, FrameError> {
         return Ok(Some(Credentials::X509Proxy(proxy)));
     }
     // It becomes a header: anything but printable ASCII would end or forge it.
-    match &message.bearer_token {
+    match message.bearer_token.as_deref().map(str::trim) {
         Some(token) if token.bytes().all(|byte| byte.is_ascii_graphic()) => {
-            Ok(Some(Credentials::Bearer(token.clone())))
+            Ok(Some(Credentials::Bearer(token.to_owned())))
         }
         Some(_) => Err(FrameError::Malformed),
         None => Ok(None),
@@ -185,7 +185,8 @@ mod tests {
         let proxy = permit("\"status\": 0, \"x509_proxy\": \"cHJveHk=\"").unwrap().verdict.unwrap().unwrap();
         assert_eq!(*proxy, Credentials::X509Proxy(b"proxy".to_vec()));
         assert!(!format!("{proxy:?}").contains("112"), "no content in {proxy:?}");
-        let token = permit("\"status\": 0, \"bearer_token\": \"a.b.c\"").unwrap().verdict.unwrap().unwrap();
+        let token =
+            permit("\"status\": 0, \"bearer_token\": \"a.b.c\\n\"").unwrap().verdict.unwrap().unwrap();
         assert_eq!(*token, Credentials::Bearer("a.b.c".into()));
         assert!(permit("\"status\": 77").unwrap().verdict.is_err());
         for bad in ["\"ttl\": 1", "\"status\": 0, \"bearer_token\": \"a\\r\\nX: y\"", "\"status\": \"0\""] {

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 
 use cvmfs_format::compression::Compression;
@@ -165,9 +165,14 @@ fn load_keys(files: &[PathBuf]) -> Result<MasterKeys, TrustError> {
     let mut keys = MasterKeys::new();
     for path in files {
         let unusable = |reason: String| TrustError::Key { path: path.clone(), reason };
-        let file = File::open(path).map_err(|error| unusable(error.to_string()))?;
-        let mode = file.metadata().map_err(|error| unusable(error.to_string()))?.mode();
-        if mode & 0o002 != 0 {
+        // A pipe without writer would block the open.
+        let options = File::options().read(true).custom_flags(libc::O_NONBLOCK).clone();
+        let file = options.open(path).map_err(|error| unusable(error.to_string()))?;
+        let found = file.metadata().map_err(|error| unusable(error.to_string()))?;
+        if !found.is_file() && !found.is_dir() {
+            return Err(unusable("not a regular file".to_owned()));
+        }
+        if found.mode() & 0o002 != 0 {
             return Err(unusable("everybody may write it".to_owned()));
         }
         let mut text = Vec::new();

@@ -98,12 +98,21 @@ pub fn manifest_of(storage: &Path) -> Manifest {
 
 /// Changes the manifest and signs it with the repository's key.
 pub fn republish(fixture: &Fixture, change: impl FnOnce(&mut Manifest)) {
-    let key = fixture.keys.as_ref().unwrap().join(format!("{}.key", fixture.fqrn));
-    let key = PrivateKey::from_pem(&std::fs::read(key).unwrap()).unwrap();
     let mut manifest = manifest_of(&fixture.storage);
     change(&mut manifest);
-    let algorithm = manifest.root_catalog.algorithm;
-    let sealed = seal(manifest.to_text(), algorithm, |text| key.sign_manifest(text)).unwrap();
+    sign(fixture, manifest.root_catalog.algorithm, manifest.to_text());
+}
+
+/// Changes the text of the manifest and signs it with the repository's key.
+pub fn republish_text(fixture: &Fixture, change: impl FnOnce(&[u8]) -> Vec<u8>) {
+    let manifest = manifest_of(&fixture.storage);
+    sign(fixture, manifest.root_catalog.algorithm, change(&manifest.to_text()));
+}
+
+fn sign(fixture: &Fixture, algorithm: HashAlgorithm, text: Vec<u8>) {
+    let key = fixture.keys.as_ref().unwrap().join(format!("{}.key", fixture.fqrn));
+    let key = PrivateKey::from_pem(&std::fs::read(key).unwrap()).unwrap();
+    let sealed = seal(text, algorithm, |text| key.sign_manifest(text)).unwrap();
     std::fs::write(fixture.storage.join(".cvmfspublished"), sealed).unwrap();
 }
 

@@ -87,8 +87,8 @@ pub(super) fn decode(row: &Row<'_>) -> Result<Entry> {
     let digest = cells.bytes(6)?;
     if kind == EntryKind::File {
         let algorithm = entry.flags.algorithm();
-        if digest.is_some() || entry.is_chunked() {
-            algorithm.ok_or_else(|| cells.bad(11, "unknown hash algorithm".to_owned()))?;
+        if algorithm.is_none() && (digest.is_some() || entry.is_chunked()) {
+            return Err(cells.bad(11, format!("unsupported hash algorithm in {flags:#x}")));
         }
         if entry.flags.compression().is_none() {
             return Err(cells.bad(11, "unknown compression".to_owned()));

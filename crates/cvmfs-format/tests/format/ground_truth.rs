@@ -169,7 +169,7 @@ fn stock_deflate_reproduces_every_stored_object_byte_for_byte() {
 }
 
 #[test]
-fn hard_link_leaders_are_the_first_rows_of_their_groups() {
+fn row_39_hard_link_leaders_are_the_first_rows_of_their_groups() {
     let fixture = Fixture::unpack("hardlinks");
     let mut groups = 0;
     for (_, catalog) in fixture.catalogs(fixture.manifest().root_catalog) {

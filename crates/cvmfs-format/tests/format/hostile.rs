@@ -38,7 +38,7 @@ fn lookup(sql: &str, path: &str) -> Result<Option<Entry>, CatalogError> {
 }
 
 #[test]
-fn impossible_column_values_are_errors_that_name_row_and_column() {
+fn row_38_impossible_column_values_are_errors_that_name_row_and_column() {
     for (change, column) in [
         ("size = -1", "size"),
         ("size = NULL", "size"),
@@ -92,7 +92,7 @@ fn odd_but_harmless_values_are_tolerated() {
 }
 
 #[test]
-fn names_no_directory_can_hold_are_not_listed() {
+fn row_37_names_no_directory_can_hold_are_not_listed() {
     for name in
         ["''", "NULL", "'.'", "'..'", "'a/b'", "x'6100'", "CAST(x'6100' AS TEXT)", "printf('%.*c', 256, 'x')"]
     {
@@ -120,7 +120,7 @@ fn a_value_of_many_megabytes_is_refused_without_being_copied() {
 }
 
 #[test]
-fn chunk_lists_with_gaps_overlaps_or_odd_values_are_refused() {
+fn row_38_chunk_lists_with_gaps_overlaps_or_odd_values_are_refused() {
     let chunk = "INSERT INTO chunks SELECT md5path_1, md5path_2, ";
     let tail = " FROM catalog WHERE name = 'f';";
     let digest = "zeroblob(20)";
@@ -168,7 +168,7 @@ fn references_without_path_or_hash_are_refused() {
 }
 
 #[test]
-fn newer_and_unsupported_schemas_are_refused() {
+fn row_35_newer_and_unsupported_schemas_are_refused() {
     let open = |path: &Path| Catalog::open(path).map(drop);
     for (schema, is_good) in [
         ("2.5", true),
@@ -194,7 +194,7 @@ fn newer_and_unsupported_schemas_are_refused() {
 }
 
 #[test]
-fn views_in_place_of_tables_and_missing_columns_are_refused() {
+fn row_35_views_in_place_of_tables_and_missing_columns_are_refused() {
     let recursive = "DROP TABLE nested_catalogs; CREATE VIEW nested_catalogs AS WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL \
                      SELECT x + 1 FROM n) SELECT '/' || x AS path, x AS sha1, 0 AS size FROM n;";
     let hostile_view = hostile(recursive);

@@ -93,7 +93,7 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn no_parser_panics_on_any_bytes(bytes in prop_oneof![nearly_a_document(), vec(any::<u8>(), 0..300)]) {
+    fn row_33_no_parser_panics_on_any_bytes(bytes in prop_oneof![nearly_a_document(), vec(any::<u8>(), 0..300)]) {
         let _ = Manifest::parse(&bytes);
         let _ = Whitelist::parse(&bytes).map(|whitelist| whitelist.is_expired(0));
         let _ = Letter::parse(&bytes).map(|letter| MasterKeys::new().verify_whitelist(&letter));

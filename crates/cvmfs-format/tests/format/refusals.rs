@@ -72,7 +72,7 @@ fn a_missing_nested_catalog_is_still_known_by_its_reference() {
 }
 
 #[test]
-fn half_a_catalog_is_an_error_and_not_a_crash() {
+fn row_35_half_a_catalog_is_an_error_and_not_a_crash() {
     let fixture = Fixture::unpack("bad-root-truncated");
     let hash = fixture.verify().unwrap().root_catalog;
     let stored = fixture.read(&ObjectName::new(hash, ObjectKind::Catalog).path());
@@ -91,7 +91,7 @@ fn half_a_catalog_is_an_error_and_not_a_crash() {
 }
 
 #[test]
-fn a_catalog_with_any_byte_destroyed_is_read_or_refused_but_never_crashes() {
+fn row_35_a_catalog_with_any_byte_destroyed_is_read_or_refused_but_never_crashes() {
     let fixture = Fixture::unpack("special");
     let manifest = fixture.manifest();
     let good = fixture.object(manifest.root_catalog, ObjectKind::Catalog);
