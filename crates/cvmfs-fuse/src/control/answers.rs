@@ -3,7 +3,7 @@
 //! Where this client has no such thing the answer begins with `not supported`.
 
 use std::fmt::Write as _;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -18,6 +18,7 @@ use cvmfs_format::catalog::EntryKind;
 
 use super::command::{Command, Side};
 use super::settings::ControlSettings;
+use super::sockets::send_descriptor;
 use super::status::{HostStatus, ProxyStatus, Status};
 use super::{cache_answers, internal_affairs, network_answers};
 use crate::filesystem::{Mount, chain};
@@ -162,9 +163,13 @@ impl Context {
             }
             Command::Version => format!("{VERSION} (CernVM-FS Fuse Module)\n{VERSION} (Loader)"),
             Command::VersionPatchlevel => "0".into(),
-            Command::SendMountFd(_) => {
-                "not supported: mount the repository at the other place by itself".into()
-            }
+            Command::SendMountFd(socket) => match send_descriptor(socket, self.device.as_fd()) {
+                Ok(()) => "OK".into(),
+                Err(error) => {
+                    tracing::warn!(socket = %socket.display(), %error, "the connection cannot be handed on");
+                    "Failed".into()
+                }
+            },
         }
     }
 

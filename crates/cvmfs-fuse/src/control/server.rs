@@ -39,6 +39,8 @@ const QUEUE_PATIENCE: Duration = Duration::from_secs(10);
 const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 /// Pause after the system refused another descriptor.
 const EXHAUSTED: Duration = Duration::from_millis(100);
+/// What is logged if the socket for the stock tool cannot be made.
+const UNREACHABLE: &str = "cvmfs_talk cannot reach this mount; `cvmfs-client talk` can";
 /// Last line of an answer that was cut.
 const CUT: &str = "(the list is longer and was cut here)\n";
 
@@ -87,10 +89,10 @@ pub(crate) fn serve(own: &Path, talk: &TalkSocket, answerer: Answerer) -> io::Re
             listeners.push(listener);
             paths.push(talk.path.clone());
         }
-        Err(error) => tracing::warn!(
-            socket = %talk.path.display(), %error,
-            "cvmfs_talk cannot reach this mount; `cvmfs-client talk` can"
-        ),
+        Err(error) if talk.named => {
+            tracing::warn!(socket = %talk.path.display(), %error, "{UNREACHABLE}");
+        }
+        Err(error) => tracing::info!(socket = %talk.path.display(), %error, "{UNREACHABLE}"),
     }
     let sockets = paths.into_iter().map(|path| (path.clone(), identity(&path))).collect();
     let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
@@ -472,7 +474,8 @@ mod tests {
                 Command::Latency => panic!("expected by the test"),
                 _ => String::new(),
             });
-            let talk = TalkSocket { path: directory.path().join("work/cvmfs_io.a.b"), owner: None };
+            let talk =
+                TalkSocket { path: directory.path().join("work/cvmfs_io.a.b"), owner: None, named: true };
             let control = serve(&directory.path().join("own"), &talk, answerer).unwrap();
             Served { _control: control, directory, gate }
         }

@@ -31,6 +31,8 @@ pub struct TalkSocket {
     pub path: PathBuf,
     /// Who may use it besides root.
     pub owner: Option<String>,
+    /// Whether the configuration names the place, which then should work.
+    pub named: bool,
 }
 
 impl ControlSettings {
@@ -65,7 +67,7 @@ fn set<'a>(config: &'a Config, name: &str) -> Option<&'a Setting> {
 fn talk_socket(config: &Config) -> Result<TalkSocket, ConfigError> {
     let owner = set(config, "CVMFS_TALK_OWNER").map(|setting| setting.value.clone());
     if let Some(setting) = set(config, "CVMFS_TALK_SOCKET") {
-        return Ok(TalkSocket { path: config.resolve_path(&setting.value), owner });
+        return Ok(TalkSocket { path: config.resolve_path(&setting.value), owner, named: true });
     }
     let workspace = match ["CVMFS_WORKSPACE", "CVMFS_CACHE_DIR"].iter().find_map(|name| set(config, name)) {
         Some(setting) => config.resolve_path(&setting.value),
@@ -81,7 +83,8 @@ fn talk_socket(config: &Config) -> Result<TalkSocket, ConfigError> {
             }
         }
     };
-    Ok(TalkSocket { path: workspace.join(format!("cvmfs_io.{}", config.fqrn())), owner })
+    let path = workspace.join(format!("cvmfs_io.{}", config.fqrn()));
+    Ok(TalkSocket { path, owner, named: set(config, "CVMFS_WORKSPACE").is_some() })
 }
 
 /// Telemetry is on if it is asked for and its destination is complete. Other than in the C++ client the interval
