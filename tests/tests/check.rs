@@ -135,7 +135,7 @@ fn an_unknown_parameter_is_shown_with_its_line_and_a_wrong_value_fails() {
         "CVMFS_TIMEOUT=5s",
         "CVMFS_SYSLOG_FACILITY=local3",
         "CVMFS_METRICS_LISTEN=9100",
-        "CVMFS_TELEMETRY_SEND=yes",
+        "CVMFS_TELEMETRY_SEND=often",
     ] {
         let finished = check(&format!(",{wrong}"));
         assert_eq!(finished.code(), Some(1), "{wrong}: {}", finished.output());
@@ -145,6 +145,13 @@ fn an_unknown_parameter_is_shown_with_its_line_and_a_wrong_value_fails() {
             finished.output()
         );
     }
+}
+
+#[test]
+fn telemetry_without_receiver_is_a_warning_and_no_obstacle() {
+    let finished = Stage::new("basic-sha1").check(&["CVMFS_TELEMETRY_SEND=yes"]);
+    assert_eq!(finished.code(), Some(0), "{}", finished.output());
+    assert_line(&finished, "WARNING", &["telemetry", "CVMFS_INFLUX_HOST"]);
 }
 
 #[test]

@@ -303,6 +303,8 @@ fn the_verb_talk_answers_with_exit_codes() {
         let finished = client(&arguments);
         assert_eq!(finished.code(), Some(code), "{words:?}: {}", finished.output());
     }
+    let by_place = client(&["talk", mount.path().to_str().unwrap(), "mountpoint"]);
+    assert_eq!(by_place.stdout.trim(), mount.path().to_str().unwrap());
     let absent = client(&["talk", "absent.example.org", "pid"]);
     assert_eq!(absent.code(), Some(5), "{}", absent.output());
     drop(mount);

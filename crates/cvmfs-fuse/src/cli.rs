@@ -78,7 +78,7 @@ enum Verb {
     /// Send a command to the control socket of a mounted repository.
     #[command(after_help = TALK_HELP)]
     Talk {
-        /// Name of the repository.
+        /// Name of the repository, or its mount point.
         fqrn: String,
         /// The command and its words.
         #[arg(required = true)]
@@ -192,7 +192,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 pub(crate) struct Usage(pub(crate) String);
 
 #[derive(Debug, thiserror::Error)]
-#[error("{0} is not mounted; `cvmfs-client status` lists what is")]
+#[error("{0} is not mounted by this user; `cvmfs-client status` lists what is")]
 struct NotMounted(String);
 
 fn request_of(cli: &Cli, arguments: &MountArguments) -> anyhow::Result<MountRequest> {
@@ -263,13 +263,16 @@ fn umount(cli: &Cli, mountpoint: &Path) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn talk(fqrn: &str, command: &[String]) -> anyhow::Result<ExitCode> {
-    let record = control::records()
-        .into_iter()
-        .find(|record| record.fqrn == fqrn)
-        .ok_or_else(|| NotMounted(fqrn.to_owned()))?;
+fn talk(name: &str, command: &[String]) -> anyhow::Result<ExitCode> {
+    let is_meant = |one: &launch::Mounted| one.fqrn == name || one.mountpoint == Path::new(name);
+    let found: Vec<_> = control::records().into_iter().filter(is_meant).collect();
+    let record = found.first().ok_or_else(|| NotMounted(name.to_owned()))?;
+    if found.len() > 1 {
+        let place = record.mountpoint.display();
+        eprintln!("cvmfs-client: {name} is mounted {} times; this is the answer of {place}", found.len());
+    }
     let answer = control::ask(&record.control, &command.join(" "), TALK_TIMEOUT).with_context(|| {
-        format!("{fqrn}: the client does not answer; `cvmfs-client status {fqrn}` tells more")
+        format!("{name}: the client does not answer; `cvmfs-client status {}` tells more", record.fqrn)
     })?;
     std::io::stdout().write_all(&answer)?;
     // Whoever asked reads the answer; a script looks at the code.

@@ -16,7 +16,7 @@ use cvmfs_client::trust::{self, Trusted};
 use serde::Serialize;
 
 use super::config::{errors_of, sources_of};
-use crate::control::{self, Inspected};
+use crate::control::{self, ControlSettings, Inspected};
 use crate::filesystem::chain;
 use crate::logging::redaction::redacted;
 
@@ -120,6 +120,10 @@ fn configuration(findings: &mut Findings, config: &Config) -> Option<ClientSetti
             NoticeKind::ConfigRepository => "mount the configuration repository first",
         };
         findings.warn("configuration", notice.to_string(), advice);
+    }
+    let complaint = ControlSettings::from(config).ok().and_then(|settings| settings.complaint);
+    if let Some(complaint) = complaint {
+        findings.warn("telemetry", complaint, "counters are not sent until then");
     }
     let errors = errors_of(config);
     for error in &errors {

@@ -22,6 +22,8 @@ pub struct ControlSettings {
     pub metrics: Option<MetricsAddress>,
     /// Where counters are sent.
     pub telemetry: Option<Influx>,
+    /// What is missing where counters should be sent: the mount goes on without.
+    pub complaint: Option<String>,
 }
 
 /// The socket at which `cvmfs_talk` looks.
@@ -50,7 +52,11 @@ impl ControlSettings {
             ),
             None => None,
         };
-        Ok(ControlSettings { talk: talk_socket(config)?, metrics, telemetry: telemetry(config)? })
+        let (telemetry, complaint) = match telemetry(config) {
+            Err(error @ ConfigError::Missing { .. }) => (None, Some(error.to_string())),
+            other => (other?, None),
+        };
+        Ok(ControlSettings { talk: talk_socket(config)?, metrics, telemetry, complaint })
     }
 }
 
