@@ -107,6 +107,7 @@ impl ClientError {
     /// | `EINTR` | the caller was interrupted |
     /// | `ENOSPC` | no room for the object, not even in memory |
     /// | `EMFILE` | no descriptors are left |
+    /// | `EROFS` | the object is missing in a cache that takes nothing in |
     /// | `EIO` | anything else: the catalog promised data that cannot be had |
     pub fn errno(&self) -> i32 {
         let errno = match self.fetch_error() {
@@ -114,6 +115,7 @@ impl ClientError {
             Some(FetchError::Interrupted { .. }) => Errno::INTR,
             Some(FetchError::NoSpace { .. }) => Errno::NOSPC,
             Some(FetchError::Local { source, .. }) if is_out_of_descriptors(source) => Errno::MFILE,
+            Some(FetchError::Local { source, .. }) if is_read_only(source) => Errno::ROFS,
             _ => Errno::IO,
         };
         errno.raw_os_error()
@@ -153,6 +155,10 @@ impl ClientError {
 fn is_out_of_descriptors(error: &std::io::Error) -> bool {
     let codes = [Errno::MFILE, Errno::NFILE].map(Errno::raw_os_error);
     error.raw_os_error().is_some_and(|code| codes.contains(&code))
+}
+
+fn is_read_only(error: &std::io::Error) -> bool {
+    error.raw_os_error() == Some(Errno::ROFS.raw_os_error())
 }
 
 /// A repository path for a message: bytes that are not UTF-8 are replaced, control characters escaped.

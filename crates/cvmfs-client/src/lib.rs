@@ -24,6 +24,7 @@ pub mod network;
 pub mod repository;
 pub mod snapshot;
 pub mod store;
+mod sync;
 mod tree;
 pub mod trust;
 mod url;

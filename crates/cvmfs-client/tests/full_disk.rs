@@ -7,7 +7,7 @@ use std::path::Path;
 
 use cvmfs_format::compression::Compression;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
-use support::{Bench, cached_files, content, noise, seconds};
+use support::{Bench, cached_files, content, noise, seconds, temporary_files};
 use testkit::Origin;
 
 /// A tmpfs of some megabytes, unmounted when dropped.
@@ -75,7 +75,7 @@ fn even_a_partition_without_a_single_free_block_does_not_prevent_reading() {
         let catalog = store.object(name, Compression::Zlib, None, seconds(20)).unwrap();
         assert_eq!(content(&catalog), noise(seed, 300_000), "of a size that is not known before");
     }
-    assert_eq!(std::fs::read_dir(store.cache().directory().join("txn")).unwrap().count(), 0);
+    assert_eq!(temporary_files(store.cache().directory()), 0);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use cvmfs_format::compression::Compression;
-use support::{Bench, cached_files, content, noise, seconds};
+use support::{Bench, cached_files, content, noise, seconds, temporary_files};
 use testkit::Origin;
 
 const ROUNDS: u64 = 25;
@@ -62,11 +62,7 @@ fn a_killed_client_leaves_only_whole_objects_and_no_temporary_files() {
         assert!(whole.contains(&std::fs::read(&file).unwrap()), "{} is not whole", file.display());
     }
     let store = bench.store_in(&cache, 1 << 30, &origin.url());
-    assert_eq!(
-        std::fs::read_dir(cache.join("txn")).unwrap().count(),
-        0,
-        "left-overs are removed at the start"
-    );
+    assert_eq!(temporary_files(&cache), 0, "left-overs are removed at the start");
     for (name, plain) in names.iter().zip(&whole) {
         assert_eq!(
             content(&store.object(name, Compression::Zlib, Some(SIZE as u64), seconds(20)).unwrap()),

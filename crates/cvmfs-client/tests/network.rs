@@ -11,7 +11,7 @@ use cvmfs_client::network::{Cause, FetchError};
 use cvmfs_client::store::ObjectStore;
 use cvmfs_format::compression::Compression;
 use cvmfs_format::hash::ObjectName;
-use support::{Bench, cached_files, closed_port, content, noise, seconds};
+use support::{Bench, cached_files, closed_port, content, noise, seconds, temporary_files};
 use testkit::{Fault, Origin};
 
 fn fetch(store: &ObjectStore, name: &ObjectName, plain: &[u8]) -> Result<(), FetchError> {
@@ -179,7 +179,7 @@ fn a_cut_body_is_fetched_again_and_never_enters_the_cache() {
     let error = fetch(&store, &other, &noise(5, 50_000)).unwrap_err();
     assert!(matches!(error, FetchError::Network { cause: Cause::Cut(_), .. }), "{error}");
     assert_eq!(cached_files(store.cache().directory()).len(), 1, "only the whole object is in the cache");
-    assert_eq!(std::fs::read_dir(store.cache().directory().join("txn")).unwrap().count(), 0);
+    assert_eq!(temporary_files(store.cache().directory()), 0);
 }
 
 #[test]

@@ -201,6 +201,29 @@ pub fn inflate(compression: Compression, stored: &[u8], limit: u64) -> Result<Ve
     Ok(plain)
 }
 
+/// Inflates an object held in memory whose plain size is `size`, at once and so a third faster than piece by piece.
+/// The result may have another size nevertheless if the object is not what it should be; it is never longer.
+///
+/// # Errors
+/// As [`inflate`] with `size` as the limit.
+pub fn inflate_known(compression: Compression, stored: &[u8], size: u64) -> Result<Vec<u8>, InflateError> {
+    thread_local! {
+        static ENGINE: std::cell::RefCell<libdeflater::Decompressor> =
+            std::cell::RefCell::new(libdeflater::Decompressor::new());
+    }
+    let length = usize::try_from(size).map_err(|_| InflateError::TooLarge { limit: size })?;
+    if compression == Compression::Zlib {
+        let mut plain = vec![0; length];
+        let outcome = ENGINE.with_borrow_mut(|engine| engine.zlib_decompress(stored, &mut plain));
+        if outcome.is_ok_and(|produced| produced == length) {
+            return Ok(plain);
+        }
+        // Streams that this library refuses and the C++ client accepts (without end marker or checksum) come here,
+        // and damaged ones for the reason.
+    }
+    inflate(compression, stored, size)
+}
+
 /// Which library deflates when publishing. Readers do not care; object names differ.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum Deflate {
@@ -309,6 +332,30 @@ mod tests {
         let half = in_pieces(&stored[..stored.len() / 2], 999, 1 << 20).unwrap();
         assert!(!half.is_empty() && plain.starts_with(&half));
         assert_eq!(in_pieces(&[], 1, 1).unwrap(), b"");
+    }
+
+    #[test]
+    fn at_once_and_piece_by_piece_give_the_same() {
+        let plain = noise(50_000);
+        let size = plain.len() as u64;
+        let stored = Deflate::Stock.compress(&plain);
+        let mut tailed = stored.clone();
+        tailed.extend_from_slice(b"tail");
+        for variant in [&stored[..], &stored[..stored.len() - 4], &tailed] {
+            assert_eq!(inflate_known(Compression::Zlib, variant, size).unwrap(), plain);
+        }
+        assert_eq!(
+            inflate_known(Compression::Zlib, &stored, size + 1).unwrap(),
+            plain,
+            "shorter than stated"
+        );
+        assert!(matches!(
+            inflate_known(Compression::Zlib, &stored, size - 1),
+            Err(InflateError::TooLarge { .. })
+        ));
+        assert!(inflate_known(Compression::Zlib, b"not zlib", 100).is_err());
+        assert_eq!(inflate_known(Compression::None, &plain, size).unwrap(), plain);
+        assert_eq!(inflate_known(Compression::Zlib, &Deflate::Fast.compress(b""), 0).unwrap(), b"");
     }
 
     #[test]

@@ -31,6 +31,31 @@ impl CacheName {
         Self(format!("{}{ASSEMBLED}", hex::encode(digest)))
     }
 
+    /// The path below the root of a cache of our own.
+    pub(super) fn place(&self) -> String {
+        format!("{}/{}", self.directory(), self.file())
+    }
+
+    /// The path below the root of a cache that is shared with C++ clients, which know no endings.
+    pub(super) fn shared_place(&self) -> String {
+        format!("{}/{}", self.directory(), self.file().strip_suffix(PLAIN).unwrap_or(self.file()))
+    }
+
+    /// The name of a file found in the cache: `file` in the directory `directory`.
+    pub(super) fn found(directory: &str, file: &str) -> Option<Self> {
+        is_valid(directory, file).then(|| Self(format!("{directory}{file}")))
+    }
+
+    /// Whether this is the name of an object that is stored uncompressed.
+    pub(super) fn is_plain(&self) -> bool {
+        self.0.ends_with(PLAIN)
+    }
+
+    /// The hash over the stored bytes of the object; `None` of a file made of chunks.
+    pub(super) fn hash(&self) -> Option<ContentHash> {
+        ContentHash::parse(self.0.strip_suffix(PLAIN).unwrap_or(&self.0).as_bytes()).ok()
+    }
+
     /// The name of the directory.
     pub(super) fn directory(&self) -> &str {
         self.0.get(..2).unwrap_or("00")

@@ -1,76 +1,115 @@
 //! How full the cache is, and making room in it.
 //!
-//! The bytes in use are counted in a small file that all processes on a cache directory share, under a lock that is
-//! held for microseconds. The count is an estimate that survives `kill -9`: a process that dies between storing a
-//! file and counting it makes it wrong by that file, and each eviction, which looks at every file anyway, sets it
-//! right. The free space of the partition is not estimated but asked for.
+//! The bytes in use are counted in a record that all processes on a cache directory share ([`super::record`]), of which
+//! each process claims some ahead ([`super::budget`]). The count survives `kill -9`: a killed process leaves claims
+//! behind, so it is never too low, and each eviction, which looks at every file anyway, sets it right. The free space
+//! of the partition is not counted but asked for.
 //!
 //! Only one process evicts at a time. Removing a file that is open somewhere is harmless: who has it open keeps it.
 
-use std::fs::{File, OpenOptions};
-use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
+use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, TryLockError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock, fstatvfs, openat};
 
-use super::{CHUNKED, TXN, boot, lock, name};
+use super::budget::{Budget, Count};
+use super::directory::{Directory, Open, Owner};
+use super::files::{self, Item};
+use super::presence;
+use super::record::Record;
 
-/// First bytes of the usage file; changed when its layout changes.
-const MAGIC: [u8; 8] = *b"cvmfsU01";
-/// Magic, boot id, time of the last scan, bytes in use.
-const RECORD: usize = 8 + 16 + 8 + 8;
 /// A count that was not checked against the files for this long is checked at the next start.
-const SCAN_AGE: Duration = Duration::from_secs(24 * 3600);
+const COUNT_AGE: Duration = Duration::from_secs(24 * 3600);
 /// Longest wait for another process that evicts.
 const EVICTION_PATIENCE: Duration = Duration::from_secs(5);
-/// Longest wait for the shared record: it is locked for microseconds, unless its holder was stopped.
-const RECORD_PATIENCE: Duration = Duration::from_secs(1);
+/// How long nothing is evicted after an eviction that found nothing to remove: it costs a look at every file.
+const FUTILE_PAUSE: Duration = Duration::from_secs(1);
+/// How long an answer about the free space of the partition is relied on.
+const FREE_SPACE_AGE: Duration = Duration::from_millis(200);
 /// Eviction ends when the cache is filled to this share of the limit, so that it does not run for each object.
 const LOW_WATER_PERCENT: u64 = 75;
 /// Eviction begins in the background when the cache is filled to this share.
 const HIGH_WATER_PERCENT: u64 = 90;
+/// Pinned files may take this share, as in the C++ client (client behaviour §10).
+const PINNED_PERCENT: u64 = 50;
+/// When this share of what may be pinned is pinned, nested catalogs should be released.
+const PIN_PRESSURE_PERCENT: u64 = 75;
 /// Free space of the partition that is left to others: 5 %, at most 1 GiB.
 const RESERVE_PERCENT: u64 = 5;
 const MAX_RESERVE: u64 = 1 << 30;
+/// Bytes claimed ahead: this part of the limit, at most 2 MiB. Hundred processes hold 5 % of the cache back with it,
+/// and the record is locked once for some hundred small objects.
+const AHEAD_PART: u64 = 2048;
+const MAX_AHEAD: u64 = 2 << 20;
 
 /// There is no room, even after eviction.
 #[derive(Debug)]
 pub(super) struct NoRoom;
 
+/// See the module documentation.
 #[derive(Debug)]
 pub(super) struct Space {
-    directory: PathBuf,
-    limit: u64,
-    /// Bytes that this process is about to store.
-    in_flight: AtomicU64,
+    directory: Arc<Directory>,
+    limit: AtomicU64,
+    budget: Budget,
+    partition: Mutex<Option<Sample>>,
     evictions: AtomicU64,
     /// File locks exclude processes, this excludes the threads of this one.
     evicting: Mutex<()>,
     /// An eviction ahead of need is under way.
     early: AtomicBool,
+    futile: Mutex<Option<Instant>>,
 }
 
-/// What a scan or an eviction found.
+/// The partition as it was a moment ago.
+#[derive(Debug, Clone, Copy)]
+struct Sample {
+    at: Instant,
+    total: u64,
+    free: u64,
+    /// Bytes that this process has stored since.
+    stored: u64,
+}
+
+impl Sample {
+    fn reserve(self) -> u64 {
+        (self.total / 100 * RESERVE_PERCENT).min(MAX_RESERVE)
+    }
+}
+
+/// What a count or an eviction found.
 #[derive(Debug, Default, Clone, Copy)]
 struct Tally {
     bytes: u64,
     files: u64,
 }
 
+impl Tally {
+    fn add(&mut self, item: &Item<'_>) {
+        self.bytes += item.bytes;
+        self.files += 1;
+    }
+}
+
 impl Space {
-    pub(super) fn new(directory: &Path, limit: u64) -> Self {
+    pub(super) fn new(directory: Arc<Directory>, limit: u64) -> Self {
         Self {
-            directory: directory.to_owned(),
-            limit,
-            in_flight: AtomicU64::new(0),
+            directory,
+            limit: AtomicU64::new(limit),
+            budget: Budget::default(),
+            partition: Mutex::new(None),
             evictions: AtomicU64::new(0),
             evicting: Mutex::new(()),
             early: AtomicBool::new(false),
+            futile: Mutex::new(None),
         }
+    }
+
+    fn is_managed(&self) -> bool {
+        self.directory.owner() == Owner::Client
     }
 
     pub(super) fn evictions(&self) -> u64 {
@@ -79,333 +118,405 @@ impl Space {
 
     /// Bytes in use as counted.
     pub(super) fn used(&self) -> u64 {
-        self.record(|_| {}).map_or(0, |record| record.used)
+        let open = self.directory.now();
+        let claimed = self.record(|record| record.claimed).unwrap_or(0);
+        let (others, _) = presence::living(open.root(), open.presence());
+        claimed.saturating_sub(others).saturating_sub(self.budget.outstanding())
     }
 
-    /// The configured limit, lowered to what the partition can hold.
+    /// Bytes of pinned files.
+    pub(super) fn pinned(&self) -> u64 {
+        self.record(|record| record.pinned).unwrap_or(0)
+    }
+
+    /// The limit, lowered to what the partition can hold.
     pub(super) fn effective_limit(&self) -> u64 {
-        match self.partition() {
-            Some(partition) => self.limit.min(partition.total.saturating_sub(partition.reserve())),
-            None => self.limit,
-        }
+        let set = self.record(|record| record.limit).unwrap_or(0);
+        self.bounded(set)
+    }
+
+    /// The limit if `set` is what was set while the cache was in use.
+    fn bounded(&self, set: u64) -> u64 {
+        let limit = if set > 0 { set } else { self.limit.load(Ordering::Relaxed) };
+        self.sample(FREE_SPACE_AGE)
+            .map_or(limit, |partition| limit.min(partition.total.saturating_sub(partition.reserve())))
+    }
+
+    /// Another limit from now on, for all processes on the cache.
+    pub(super) fn set_limit(&self, bytes: u64) {
+        self.record(|record| record.limit = bytes.max(1));
+    }
+
+    /// The configured limit holds again: nobody else uses the cache any more for whom another was set.
+    pub(super) fn reset_limit(&self) {
+        self.record(|record| record.limit = 0);
     }
 
     /// Whether the count is from another boot, too old, or not there.
-    pub(super) fn needs_scan(&self) -> bool {
-        let Some(record) = self.record(|_| {}) else { return true };
-        let age = Duration::from_secs(unix_now().saturating_sub(record.scanned));
-        Some(record.boot) != boot::id() || age > SCAN_AGE
+    pub(super) fn needs_count(&self) -> bool {
+        self.is_managed() && !self.record(|record| record.is_counted(COUNT_AGE)).unwrap_or(false)
     }
 
-    /// Counts all files. Files that are stored meanwhile may count twice; the next scan sets that right.
-    pub(super) fn scan(&self) {
-        let before = self.used();
+    /// The count is not relied on any more.
+    pub(super) fn doubt(&self) {
+        self.record(Record::mark_uncounted);
+    }
+
+    /// Counts all files.
+    pub(super) fn count(&self) {
+        let open = self.directory.now();
+        let before = self.before(&open);
         let mut tally = Tally::default();
-        self.visit(&mut |item| tally.add(item));
-        self.record(|record| {
-            record.used = tally.bytes + record.used.saturating_sub(before);
-            record.mark_scanned();
-        });
-    }
-
-    /// Files now take `bytes` more. True if the cache fills up and should be evicted before somebody has to wait.
-    pub(super) fn add(&self, bytes: u64) -> bool {
-        let record = self.record(|record| record.used = record.used.saturating_add(bytes));
-        record.is_some_and(|record| record.used > self.limit / 100 * HIGH_WATER_PERCENT)
-    }
-
-    /// Evicts on a thread of its own, unless this process does so already.
-    pub(super) fn evict_early(this: impl AsRef<Self> + Send + 'static) {
-        if this.as_ref().early.swap(true, Ordering::SeqCst) {
-            return;
-        }
-        // Without a thread the eviction is done by whoever needs the room.
-        let _ = std::thread::Builder::new().name("cvmfs-evict".to_owned()).spawn(move || {
-            this.as_ref().try_evict(0);
-            this.as_ref().early.store(false, Ordering::SeqCst);
-        });
-    }
-
-    /// Files now take `bytes` less.
-    pub(super) fn subtract(&self, bytes: u64) {
-        self.record(|record| record.used = record.used.saturating_sub(bytes));
+        files::visit(&open, &mut |item| tally.add(item));
+        self.conclude(&open, Count { found: tally.bytes, ..before });
     }
 
     /// Announces `bytes` that will be stored, evicting if they do not fit.
-    pub(super) fn reserve(&self, bytes: u64) -> Result<Reservation<'_>, NoRoom> {
-        self.in_flight.fetch_add(bytes, Ordering::SeqCst);
-        let reservation = Reservation { space: self, bytes };
-        if self.has_room() {
-            return Ok(reservation);
+    pub(super) fn reserve(self: &Arc<Self>, bytes: u64) -> Result<Reservation, NoRoom> {
+        if !self.is_managed() {
+            return Ok(Reservation { space: self.clone(), bytes: 0 });
         }
-        if self.in_flight.load(Ordering::SeqCst) > self.effective_limit() {
+        if self.try_reserve(bytes) {
+            return Ok(Reservation { space: self.clone(), bytes });
+        }
+        if bytes > self.effective_limit() || self.is_futile() {
             return Err(NoRoom);
         }
         let patience = Instant::now() + EVICTION_PATIENCE;
-        while Instant::now() < patience {
-            if self.try_evict(0) || self.has_room() {
-                break;
+        loop {
+            let evicted = self.try_evict(bytes, 0);
+            if self.try_reserve(bytes) {
+                return Ok(Reservation { space: self.clone(), bytes });
             }
+            if evicted || Instant::now() >= patience {
+                return Err(NoRoom);
+            }
+            // Somebody else is evicting.
             std::thread::sleep(Duration::from_millis(10));
         }
-        if self.has_room() { Ok(reservation) } else { Err(NoRoom) }
     }
 
     /// The partition refused `bytes`: removes at least as many of the least recently used files, whatever the count
     /// says. Returns whether anything was removed.
     pub(super) fn relieve(&self, bytes: u64) -> bool {
+        if !self.is_managed() || self.is_futile() {
+            return false;
+        }
         let before = self.evictions();
         let patience = Instant::now() + EVICTION_PATIENCE;
-        while !self.try_evict(bytes.max(1)) && Instant::now() < patience {
+        while !self.try_evict(0, bytes.max(1)) && Instant::now() < patience {
             std::thread::sleep(Duration::from_millis(10));
         }
         self.evictions() > before
     }
 
-    /// The announced bytes fit beside the files, within the limit and within the partition.
-    fn has_room(&self) -> bool {
-        let announced = self.in_flight.load(Ordering::SeqCst);
-        let fits = self.used().saturating_add(announced) <= self.limit;
-        fits && self
-            .partition()
-            .is_none_or(|partition| announced.saturating_add(partition.reserve()) <= partition.free)
+    /// Evicts until at most `bytes` are used. False if that was not possible: the rest is pinned.
+    pub(super) fn shrink_to(&self, bytes: u64) -> bool {
+        let patience = Instant::now() + EVICTION_PATIENCE;
+        loop {
+            let surplus = self.used().saturating_sub(bytes);
+            if surplus == 0 {
+                return true;
+            }
+            if self.try_evict(0, surplus) || Instant::now() >= patience {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        self.used() <= bytes
     }
 
-    /// Evicts down to the low-water mark, and at least `least` bytes. False if somebody else is evicting.
-    fn try_evict(&self, least: u64) -> bool {
+    /// A file of `bytes` was removed.
+    pub(super) fn removed(&self, bytes: u64) {
+        if self.is_managed() {
+            self.budget.give(bytes);
+            self.return_surplus();
+        }
+    }
+
+    /// Pins `bytes` more, if that leaves enough for others.
+    pub(super) fn pin(&self, bytes: u64) -> bool {
+        let pinned = self.record(|record| {
+            let most = self.bounded(record.limit) / 100 * PINNED_PERCENT;
+            let fits = record.pinned.saturating_add(bytes) <= most;
+            if fits {
+                record.pinned += bytes;
+            }
+            fits
+        });
+        // Without a record, as in a directory that is not ours, nobody evicts.
+        pinned.unwrap_or(true)
+    }
+
+    pub(super) fn unpin(&self, bytes: u64) {
+        self.record(|record| record.pinned = record.pinned.saturating_sub(bytes));
+    }
+
+    /// Whether so much is pinned that nested catalogs should be released.
+    pub(super) fn is_pin_pressure(&self) -> bool {
+        let (pinned, set) = self.record(|record| (record.pinned, record.limit)).unwrap_or_default();
+        pinned > self.bounded(set) / 100 * PINNED_PERCENT / 100 * PIN_PRESSURE_PERCENT
+    }
+
+    pub(super) fn cleanups_within(&self, period: Duration) -> u64 {
+        self.directory.now().record().map_or(0, |record| record.cleanups_within(period))
+    }
+
+    /// Gives back what this process has claimed and not used.
+    pub(super) fn leave(&self) {
+        let surplus = self.budget.surplus(0);
+        self.record(|record| record.claimed = record.claimed.saturating_sub(surplus));
+    }
+
+    fn record<T>(&self, change: impl FnOnce(&mut Record) -> T) -> Option<T> {
+        self.directory.now().record()?.with(change)
+    }
+
+    /// Reserves `bytes` if they fit beside the files, within the limit and within the partition.
+    fn try_reserve(self: &Arc<Self>, bytes: u64) -> bool {
+        if !self.partition_has(bytes) {
+            return false;
+        }
+        if self.budget.take(bytes) {
+            return true;
+        }
+        let claimed = self.record(|record| {
+            let limit = self.bounded(record.limit);
+            let ahead = (limit / AHEAD_PART).min(MAX_AHEAD) / 4096 * 4096;
+            let fits = self.budget.claim(&mut record.claimed, limit, bytes, ahead);
+            (fits, record.claimed > limit / 100 * HIGH_WATER_PERCENT)
+        });
+        match claimed {
+            Some((fits, is_high)) => {
+                self.tell_outstanding();
+                if is_high {
+                    self.evict_early();
+                }
+                fits
+            }
+            // The record cannot be had: its holder was stopped, or the directory is gone. Readers go on.
+            None => {
+                self.budget.borrow(bytes);
+                true
+            }
+        }
+    }
+
+    fn tell_outstanding(&self) {
+        if let Some(presence) = self.directory.now().presence() {
+            presence.tell_outstanding(self.budget.outstanding());
+        }
+    }
+
+    fn return_surplus(&self) {
+        let most = 2 * (self.limit.load(Ordering::Relaxed) / AHEAD_PART).min(MAX_AHEAD);
+        let surplus = self.budget.surplus(most);
+        if surplus > 0
+            && self.record(|record| record.claimed = record.claimed.saturating_sub(surplus)).is_none()
+        {
+            self.budget.give(surplus);
+        }
+    }
+
+    /// Whether the partition holds `bytes` more beside what is about to be stored.
+    fn partition_has(&self, bytes: u64) -> bool {
+        let fits = |partition: Sample| {
+            let announced = self.budget.reserved().saturating_add(bytes).saturating_add(partition.stored);
+            announced.saturating_add(partition.reserve()) <= partition.free
+        };
+        // Before anything is refused, the partition is asked once more.
+        self.sample(FREE_SPACE_AGE).is_none_or(fits) || self.sample(Duration::ZERO).is_none_or(fits)
+    }
+
+    /// The partition as it was at most `age` ago.
+    fn sample(&self, age: Duration) -> Option<Sample> {
+        let mut sample = self.partition.lock().unwrap_or_else(PoisonError::into_inner);
+        if sample.is_none_or(|sample| sample.at.elapsed() > age) {
+            let stat = fstatvfs(self.directory.now().root()).ok()?;
+            *sample = Some(Sample {
+                at: Instant::now(),
+                total: stat.f_blocks.saturating_mul(stat.f_frsize),
+                free: stat.f_bavail.saturating_mul(stat.f_frsize),
+                stored: 0,
+            });
+        }
+        *sample
+    }
+
+    /// Evicts on a thread of its own, unless this process does so already.
+    fn evict_early(self: &Arc<Self>) {
+        if self.is_futile() || self.early.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let this = self.clone();
+        let spawned = std::thread::Builder::new().name("cvmfs-evict".to_owned()).spawn(move || {
+            this.try_evict(0, 0);
+            this.early.store(false, Ordering::SeqCst);
+        });
+        if spawned.is_err() {
+            // The eviction is then done by whoever needs the room.
+            self.early.store(false, Ordering::SeqCst);
+        }
+    }
+
+    fn is_futile(&self) -> bool {
+        let futile = self.futile.lock().unwrap_or_else(PoisonError::into_inner);
+        futile.is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Evicts down to the low-water mark so that `bytes` fit, and at least `least` bytes. False if somebody else is
+    /// evicting.
+    fn try_evict(&self, bytes: u64, least: u64) -> bool {
+        if !self.is_managed() {
+            return true;
+        }
         let _here = match self.evicting.try_lock() {
             Ok(guard) => guard,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return false,
         };
-        let path = self.directory.join("evict.lock");
-        let Ok(lock) = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path)
-        else {
-            // Without a lock file there is no cache directory to make room in.
-            return true;
-        };
-        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
-            return false;
+        let open = self.directory.now();
+        let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let lock = openat(open.root(), "evict.lock", flags, Mode::from_raw_mode(0o600)).map(File::from);
+        match lock {
+            Ok(lock) if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() => {
+                self.evict(&open, bytes, least);
+                true
+            }
+            Ok(_) => false,
+            // On a full partition the lock file may not be there and not be created: then nobody has it either.
+            Err(error) if super::is_full(&error.into()) => {
+                self.evict(&open, bytes, least);
+                true
+            }
+            // Without a cache directory there is nothing to evict.
+            Err(_) => true,
         }
-        self.evict(least);
-        true
     }
 
-    fn evict(&self, least: u64) {
+    fn evict(&self, open: &Arc<Open>, bytes: u64, least: u64) {
         let started = Instant::now();
-        let before = self.used();
-        // Two passes keep the memory small: 8 bytes for each file first, to find the age limit, names afterwards.
-        let mut ages: Vec<(u32, u32)> = Vec::new();
+        let before = self.before(open);
+        let (_, pinned) = presence::living(open.root(), None);
+        // Two passes keep the memory small: bytes by age first, to find the age limit, names afterwards.
+        let mut ages: BTreeMap<u64, u64> = BTreeMap::new();
         let mut found = Tally::default();
-        self.visit(&mut |item| {
+        files::visit(open, &mut |item| {
             found.add(item);
-            ages.push((item.used_at, u32::try_from(item.bytes.div_ceil(1024)).unwrap_or(u32::MAX)));
+            if !pinned.contains(&item.name()) {
+                *ages.entry(item.rank()).or_default() += item.bytes;
+            }
         });
-        let announced = self.in_flight.load(Ordering::SeqCst);
+        let announced = self.budget.reserved().saturating_add(bytes);
         let target = self.effective_limit() / 100 * LOW_WATER_PERCENT;
         let too_much = found.bytes.saturating_add(announced).saturating_sub(target);
-        let missing = self.partition().map_or(0, |partition| {
+        let missing = self.sample(Duration::ZERO).map_or(0, |partition| {
             announced.saturating_add(partition.reserve()).saturating_sub(partition.free)
         });
         let wanted = too_much.max(missing).max(least);
-        ages.sort_unstable();
         let mut oldest = 0_u64;
-        let limit = ages.iter().find(|(_, kilobytes)| {
-            oldest += u64::from(*kilobytes) * 1024;
+        let limit = ages.iter().find(|(_, bytes)| {
+            oldest += **bytes;
             oldest >= wanted
         });
-        let limit = limit.map_or(u32::MAX, |(used_at, _)| *used_at);
+        let limit = limit.map_or(u64::MAX, |(rank, _)| *rank);
         drop(ages);
         let mut removed = Tally::default();
-        self.visit(&mut |item| {
-            if removed.bytes < wanted && item.used_at <= limit && item.remove() {
+        files::visit(open, &mut |item| {
+            if removed.bytes < wanted
+                && item.rank() <= limit
+                && !pinned.contains(&item.name())
+                && item.remove()
+            {
                 removed.add(item);
             }
         });
         self.evictions.fetch_add(removed.files, Ordering::Relaxed);
-        self.record(|record| {
-            // Files that were stored meanwhile may count twice, but none is left out: the limit must hold.
-            let meanwhile = record.used.saturating_sub(before);
-            record.used = found.bytes.saturating_sub(removed.bytes) + meanwhile;
-            record.mark_scanned();
-        });
+        self.conclude(open, Count { found: found.bytes.saturating_sub(removed.bytes), ..before });
+        self.record(|record| record.pinned = pinned.bytes);
+        if removed.files == 0 {
+            *self.futile.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + FUTILE_PAUSE);
+        } else if let Some(record) = open.record() {
+            record.note_cleanup();
+        }
+        // What is free is another number now.
+        *self.partition.lock().unwrap_or_else(PoisonError::into_inner) = None;
         tracing::info!(
-            decision = "eviction", cache = %self.directory.display(), files = removed.files, bytes = removed.bytes,
-            remaining = found.bytes.saturating_sub(removed.bytes), seconds = started.elapsed().as_secs_f64(),
-            "cache eviction"
+            decision = "eviction", cache = %self.directory.path().display(), files = removed.files, bytes = removed.bytes,
+            remaining = found.bytes.saturating_sub(removed.bytes), pinned = pinned.bytes,
+            seconds = started.elapsed().as_secs_f64(), "cache eviction"
         );
     }
 
-    /// Calls `each` for every file that counts, and removes what does not belong into the cache.
-    fn visit(&self, each: &mut dyn FnMut(&Item)) {
-        for number in 0..=255_u8 {
-            let directory = format!("{number:02x}");
-            for path in entries(&self.directory.join(&directory)) {
-                let Some(file) = path.file_name().and_then(|file| file.to_str()) else { continue };
-                let valid = name::is_valid(&directory, file);
-                match Item::at(path.clone(), Measure::Size) {
-                    Some(item) if valid => each(&item),
-                    Some(item) => drop(item.remove()),
-                    None => {}
-                }
-            }
+    /// The claims before a count of the files.
+    fn before(&self, open: &Open) -> Count {
+        // In this order: what is claimed in between counts twice and not at all.
+        let claimed_before = self.record(|record| record.claimed).unwrap_or(0);
+        let (others, _) = presence::living(open.root(), open.presence());
+        Count {
+            claimed_before,
+            outstanding_before: others.saturating_add(self.budget.outstanding()),
+            found: 0,
         }
-        for path in entries(&self.directory.join(CHUNKED)) {
-            if path.extension().is_some_and(|extension| extension == "part") {
-                Item::at(path, Measure::Blocks).iter().for_each(&mut *each);
-            }
-        }
-        super::remove_stale(&self.directory.join(TXN));
     }
 
-    fn partition(&self) -> Option<Partition> {
-        let stat = rustix::fs::statvfs(&self.directory).ok()?;
-        Some(Partition {
-            total: stat.f_blocks.saturating_mul(stat.f_frsize),
-            free: stat.f_bavail.saturating_mul(stat.f_frsize),
-        })
-    }
-
-    /// Reads the shared record, lets `change` have it, and writes it back. `None` if there is no valid record
-    /// and none can be made.
-    fn record(&self, change: impl FnOnce(&mut Record)) -> Option<Record> {
-        let path = self.directory.join("usage");
-        let open =
-            || OpenOptions::new().create(true).truncate(false).read(true).write(true).mode(0o600).open(&path);
-        let file = open().ok()?;
-        if !lock::exclusive(&file, RECORD_PATIENCE) {
-            return None;
+    fn conclude(&self, open: &Open, count: Count) {
+        if let Some(record) = open.record() {
+            record.with(|record| {
+                record.claimed = count.claimed(record.claimed);
+                record.mark_counted();
+            });
         }
-        let found = Record::read(&file);
-        let mut record = found.unwrap_or_default();
-        change(&mut record);
-        if found != Some(record) {
-            record.write(&file).ok()?;
-        }
-        Some(record)
     }
 }
 
-/// Bytes announced by one writer.
+/// Bytes announced by one writer; given back when dropped.
 #[derive(Debug)]
-pub(super) struct Reservation<'a> {
-    space: &'a Space,
+pub(super) struct Reservation {
+    space: Arc<Space>,
     bytes: u64,
 }
 
-impl Reservation<'_> {
-    /// Hands the announcement over to the caller, who ends it with [`Space::settle`].
-    pub(super) fn keep(self) -> u64 {
-        let bytes = self.bytes;
-        std::mem::forget(self);
-        bytes
-    }
-}
-
-impl Drop for Reservation<'_> {
-    fn drop(&mut self) {
-        self.space.settle(self.bytes);
-    }
-}
-
-impl Space {
-    /// Ends the announcement of `bytes`.
-    pub(super) fn settle(&self, bytes: u64) {
-        self.in_flight.fetch_sub(bytes, Ordering::SeqCst);
-    }
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Partition {
-    total: u64,
-    free: u64,
-}
-
-impl Partition {
-    fn reserve(self) -> u64 {
-        (self.total / 100 * RESERVE_PERCENT).min(MAX_RESERVE)
-    }
-}
-
-/// The shared record of the usage file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-struct Record {
-    boot: [u8; 16],
-    scanned: u64,
-    used: u64,
-}
-
-impl Record {
-    fn read(file: &File) -> Option<Self> {
-        let mut bytes = [0_u8; RECORD];
-        file.read_exact_at(&mut bytes, 0).ok()?;
-        let (magic, rest) = bytes.split_first_chunk::<8>()?;
-        let (boot, rest) = rest.split_first_chunk::<16>()?;
-        let (scanned, used) = rest.split_first_chunk::<8>()?;
-        let used = u64::from_le_bytes(used.try_into().ok()?);
-        (*magic == MAGIC).then_some(Self { boot: *boot, scanned: u64::from_le_bytes(*scanned), used })
+impl Reservation {
+    /// Bytes that may be stored.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
     }
 
-    fn write(&self, file: &File) -> io::Result<()> {
-        let parts = [&MAGIC[..], &self.boot, &self.scanned.to_le_bytes(), &self.used.to_le_bytes()];
-        file.write_all_at(&parts.concat(), 0)
+    /// Adds another reservation to this one.
+    pub(super) fn join(&mut self, mut other: Self) {
+        self.bytes += std::mem::take(&mut other.bytes);
     }
 
-    fn mark_scanned(&mut self) {
-        self.boot = boot::id().unwrap_or_default();
-        self.scanned = unix_now();
+    /// Ends the announcement: `stored` bytes were stored.
+    pub(super) fn stored(mut self, stored: u64) {
+        self.end(stored);
     }
-}
 
-/// A file that counts.
-struct Item {
-    path: PathBuf,
-    bytes: u64,
-    /// When the file was last used, in seconds since the epoch.
-    used_at: u32,
-}
-
-/// What a file counts.
-enum Measure {
-    Size,
-    /// Of a sparse file only what is there.
-    Blocks,
-}
-
-impl Item {
-    fn at(path: PathBuf, measure: Measure) -> Option<Self> {
-        let metadata = std::fs::symlink_metadata(&path).ok()?;
-        if metadata.is_dir() {
-            return None;
+    fn end(&mut self, stored: u64) {
+        let reserved = std::mem::take(&mut self.bytes);
+        if !self.space.is_managed() {
+            return;
         }
-        let bytes = match measure {
-            Measure::Size => charge(metadata.len()),
-            Measure::Blocks => metadata.blocks() * 512,
-        };
-        Some(Self { path, bytes, used_at: u32::try_from(metadata.mtime().max(0)).unwrap_or(u32::MAX) })
-    }
-
-    fn remove(&self) -> bool {
-        std::fs::remove_file(&self.path).is_ok()
+        self.space.budget.settle(reserved, stored);
+        if stored > 0
+            && let Some(sample) = &mut *self.space.partition.lock().unwrap_or_else(PoisonError::into_inner)
+        {
+            sample.stored += stored;
+        }
+        if reserved > stored {
+            self.space.return_surplus();
+        }
     }
 }
 
-impl Tally {
-    fn add(&mut self, item: &Item) {
-        self.bytes += item.bytes;
-        self.files += 1;
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.end(0);
     }
 }
 
 /// The bytes that a file of `size` counts: whole blocks, as the partition sees it.
 pub(super) fn charge(size: u64) -> u64 {
     size.max(1).next_multiple_of(4096)
-}
-
-fn entries(directory: &Path) -> impl Iterator<Item = PathBuf> {
-    std::fs::read_dir(directory).into_iter().flatten().filter_map(Result::ok).map(|entry| entry.path())
-}
-
-fn unix_now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

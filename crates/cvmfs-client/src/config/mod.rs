@@ -15,6 +15,7 @@
 //! `CVMFS_IPV4_ONLY`, `X509_CERT_DIR`, `X509_CERT_BUNDLE`, `CERNVM_UUID`.
 
 mod authorization_settings;
+mod cache_settings;
 mod files;
 mod name;
 mod network_settings;
@@ -30,6 +31,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use cache_settings::{CacheInstance, CacheSettings, DirectoryInstance};
 use files::{MAX_FILE, is_absent, patiently, read_file};
 pub use name::{expand_fqrn, validate_fqrn};
 pub use network_settings::{

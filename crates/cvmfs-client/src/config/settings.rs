@@ -4,12 +4,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::{
-    Config, ConfigError, NetworkSettings, Selection, Setting, authorization_settings, revision_settings,
+    CacheSettings, Config, ConfigError, NetworkSettings, Selection, Setting, authorization_settings, revision_settings,
 };
 use crate::authz::AuthorizationSettings;
-
-/// Bytes of the unit of `CVMFS_QUOTA_LIMIT`.
-const MEGABYTE: u64 = 1024 * 1024;
 
 /// What the client needs to know about one repository, with types and defaults (client behaviour §2).
 ///
@@ -28,12 +25,10 @@ pub struct ClientSettings {
     pub public_keys: Vec<PathBuf>,
     /// Blacklist files; they need not exist.
     pub blacklists: Vec<PathBuf>,
-    /// The directory below which caches lie.
-    pub cache_base: PathBuf,
     /// The cache directory of this repository.
     pub cache_directory: PathBuf,
-    /// Most bytes in the cache; `u64::MAX` is unlimited.
-    pub cache_limit: u64,
+    /// The cache, of which that is a part.
+    pub cache: CacheSettings,
     /// Which revision is wanted.
     pub selection: Selection,
     /// Whether the root catalog of a fixed revision is fetched from its alternative path.
@@ -62,8 +57,8 @@ impl ClientSettings {
     /// # Errors
     /// A parameter that is missing or has a wrong value, with the place to mend it.
     pub fn from(config: &Config) -> Result<Self, ConfigError> {
-        let cache_base = path_or(config, "CVMFS_CACHE_BASE", "/var/lib/cvmfs");
-        let cache_directory = cache_directory(config, &cache_base)?;
+        let cache = CacheSettings::from(config)?;
+        let cache_directory = cache.primary.directory().to_owned();
         let network = NetworkSettings::from(config, &cache_directory, &|name| std::env::var(name).ok())?;
         Ok(Self {
             fqrn: config.fqrn().to_owned(),
@@ -72,8 +67,7 @@ impl ClientSettings {
             public_keys: public_keys(config)?,
             blacklists: blacklists(config),
             cache_directory,
-            cache_base,
-            cache_limit: cache_limit(config)?,
+            cache,
             selection: revision_settings::selection(config)?,
             alternative_root: config.switch("CVMFS_ALT_ROOT_PATH", false)?,
             authorization: authorization_settings::authorization(config)?,
@@ -141,36 +135,6 @@ fn blacklists(config: &Config) -> Vec<PathBuf> {
         files.push(Path::new(mount_dir).join(&repository.value).join("etc/cvmfs/blacklist"));
     }
     files
-}
-
-fn cache_directory(config: &Config, base: &Path) -> Result<PathBuf, ConfigError> {
-    if let Some(directory) = set(config, "CVMFS_CACHE_DIR") {
-        if set(config, "CVMFS_CACHE_BASE").is_some() {
-            let rule = "CVMFS_CACHE_DIR and CVMFS_CACHE_BASE exclude each other";
-            return Err(config.invalid("CVMFS_CACHE_DIR", directory, rule));
-        }
-        return Ok(config.resolve_path(&directory.value));
-    }
-    let shared = match set(config, "CVMFS_CACHE_SHARED") {
-        Some(_) => config.switch("CVMFS_CACHE_SHARED", true)?,
-        None => config.switch("CVMFS_SHARED_CACHE", true)?,
-    };
-    Ok(if shared { base.join("shared") } else { base.join(config.fqrn()) })
-}
-
-fn cache_limit(config: &Config) -> Result<u64, ConfigError> {
-    let name = match set(config, "CVMFS_CACHE_QUOTA_LIMIT") {
-        Some(_) => "CVMFS_CACHE_QUOTA_LIMIT",
-        None => "CVMFS_QUOTA_LIMIT",
-    };
-    let megabytes = config.number(name, 4000)?;
-    match (u64::try_from(megabytes), set(config, name)) {
-        (Ok(megabytes @ 1..), _) => Ok(megabytes.saturating_mul(MEGABYTE)),
-        (_, Some(setting)) if megabytes != -1 => {
-            Err(config.invalid(name, setting, "expected a number of megabytes, or -1 for no limit"))
-        }
-        _ => Ok(u64::MAX),
-    }
 }
 
 fn max_ttl(config: &Config) -> Result<Option<Duration>, ConfigError> {

@@ -171,7 +171,7 @@ fn one_file_each_for_proxy_and_repository_and_a_key_suffice() {
     assert_eq!(settings.network.proxies.regular, [ProxyGroup::Listed(vec![Proxy::Direct])]);
     assert_eq!(settings.public_keys, [etc.0.path().join("keys/a.example.org.pub")]);
     assert_eq!(settings.cache_directory, Path::new("/var/lib/cvmfs/shared"));
-    assert_eq!(settings.cache_limit, 4000 << 20);
+    assert_eq!(settings.cache.primary.limit(), 4000 << 20);
     assert_eq!(settings.network.timeout_direct, Duration::from_secs(10));
 }
 

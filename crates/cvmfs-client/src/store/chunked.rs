@@ -1,4 +1,6 @@
 //! Files made of chunks: each chunk is fetched when it is first read, into one sparse file per content.
+//!
+//! Where the cache is shared with other clients, or keeps nothing, chunks stay objects of their own.
 
 use std::collections::HashMap;
 use std::io;
@@ -7,16 +9,17 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use cvmfs_format::catalog::Chunk;
 use cvmfs_format::compression::Compression;
-use cvmfs_format::hash::{ObjectKind, ObjectName};
+use cvmfs_format::hash::{ContentHash, HashAlgorithm, ObjectKind, ObjectName};
 use futures_util::future::BoxFuture;
 use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
 
+use super::download::LONGEST_DOWNLOAD;
 use super::flight::Flights;
 use super::part::{Part, Stored};
 use super::verify::{Verified, Wanted};
-use super::{LONGEST_DOWNLOAD, ObjectStore, describe, stored};
-use crate::cache::{CacheName, CachedFile};
+use super::{Asked, ObjectStore, describe, stored};
+use crate::cache::{CacheName, CachedFile, is_full};
 use crate::deadline::{Deadline, Patience};
 use crate::network::{FetchError, Request};
 
@@ -79,6 +82,8 @@ struct Assembly {
 enum Backing {
     Complete(CachedFile),
     Partial(Part),
+    /// The chunks are objects; the one read last is kept open.
+    Apart(Mutex<Option<(usize, Arc<CachedFile>)>>),
 }
 
 /// An open file that is made of chunks. Clones are cheap and share the file.
@@ -99,12 +104,19 @@ impl ChunkedHandle {
         if let Some(assembly) = open.get(&name).and_then(Weak::upgrade) {
             return Ok(Self { store: store.clone(), assembly });
         }
-        let backing = match store.0.cache.get(&name, Some(file.size)) {
+        let cache = &store.0.cache;
+        let (kind, is_kept) =
+            store.kind(&ObjectName::new(ContentHash::null(HashAlgorithm::Sha1), ObjectKind::Chunk));
+        let is_apart = !is_kept || cache.keeps_chunks_apart() || cache.is_read_only();
+        let backing = match cache.get(&name, Some(file.size)) {
             Some(complete) => Backing::Complete(complete),
-            None => {
-                let part = Part::open(&store.0.cache, &name, file.size, file.chunks.len());
-                Backing::Partial(part.map_err(|error| failed(object(), error))?)
-            }
+            None if is_apart => Backing::Apart(Mutex::new(None)),
+            None => match Part::open(cache, &name, kind, file.size, &file.chunks) {
+                Ok(part) => Backing::Partial(part),
+                // There is no room for another file: the chunks are handed from server to reader.
+                Err(error) if is_full(&error) => Backing::Apart(Mutex::new(None)),
+                Err(error) => return Err(failed(object(), error)),
+            },
         };
         let assembly = Arc::new(Assembly {
             name: name.clone(),
@@ -146,6 +158,10 @@ impl ChunkedHandle {
                 return Ok(wanted);
             }
             Backing::Partial(part) => part,
+            Backing::Apart(last) => {
+                self.read_apart(last, buffer, offset, patience)?;
+                return Ok(wanted);
+            }
         };
         let first = self.chunk_at(offset);
         let last = self.chunk_at(end - 1);
@@ -175,6 +191,7 @@ impl ChunkedHandle {
         match &self.assembly.backing {
             Backing::Complete(_) => true,
             Backing::Partial(part) => part.is_complete(),
+            Backing::Apart(_) => false,
         }
     }
 
@@ -186,8 +203,60 @@ impl ChunkedHandle {
         let file = match &self.assembly.backing {
             Backing::Complete(file) => file.try_clone().map(Some),
             Backing::Partial(part) => part.complete_file(),
+            Backing::Apart(_) => Ok(None),
         };
         file.map_err(|error| self.failed(error))
+    }
+
+    /// Reads from chunks that are objects.
+    fn read_apart(
+        &self,
+        last: &Mutex<Option<(usize, Arc<CachedFile>)>>,
+        buffer: &mut [u8],
+        offset: u64,
+        patience: Patience<'_>,
+    ) -> Result<(), FetchError> {
+        use std::os::unix::fs::FileExt;
+        let mut rest = buffer;
+        let mut position = offset;
+        while !rest.is_empty() {
+            let chunk = self.chunk_at(position);
+            let Some(place) = self.assembly.chunks.get(chunk) else { break };
+            let known = last.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let file = match known.filter(|(number, _)| *number == chunk) {
+                Some((_, file)) => file,
+                None => {
+                    let file = Arc::new(self.store.fetch(&self.asked(place), patience)?);
+                    *last.lock().unwrap_or_else(PoisonError::into_inner) = Some((chunk, file.clone()));
+                    self.launch_apart(chunk + 1, offset);
+                    file
+                }
+            };
+            let inside = position - place.offset;
+            let length = as_index((place.size - inside).min(rest.len() as u64));
+            let (piece, after) = rest.split_at_mut(length);
+            file.file.read_exact_at(piece, inside).map_err(|error| self.failed(error))?;
+            rest = after;
+            position += length as u64;
+        }
+        self.assembly.expected.store(position, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// A sequential reader gets its next chunk before it asks, if it is kept until then.
+    fn launch_apart(&self, chunk: usize, offset: u64) {
+        let is_sequential = self.assembly.expected.load(Ordering::Relaxed) == offset;
+        let Some(place) = self.assembly.chunks.get(chunk) else { return };
+        let asked = self.asked(place);
+        if is_sequential && self.store.kind(&asked.name).1 && !self.store.0.cache.is_read_only() {
+            let key = (asked.file(), asked.certain_size());
+            self.store.0.objects.launch(&key, &self.store.0.fetcher, || self.store.download(&asked, true));
+        }
+    }
+
+    fn asked(&self, place: &Chunk) -> Asked<'static> {
+        let name = ObjectName::new(place.hash, ObjectKind::Chunk);
+        Asked::new(name, self.assembly.compression, Some(place.size))
     }
 
     fn chunk_at(&self, offset: u64) -> usize {
@@ -228,7 +297,9 @@ impl ChunkedHandle {
     fn fetch_chunk(&self, chunk: usize, patience: Patience<'_>) -> ChunkResult {
         let shared = &self.store.0;
         let key = (self.assembly.name.clone(), chunk);
-        let joined = shared.chunked.chunks.join(&key, &shared.fetcher, patience, || self.work(chunk));
+        let chunks = &shared.chunked.chunks;
+        // The work looks into the file itself before it fetches.
+        let joined = chunks.join(&key, chunks.moment(), &shared.fetcher, patience, |_| self.work(chunk));
         let outcome = joined.unwrap_or_else(|leave| {
             let object = self.object_name(chunk).map_or_else(String::new, |name| describe(&name));
             Err(shared.fetcher.left(&object, leave))

@@ -1,33 +1,52 @@
 //! One piece of work, however many ask for it.
 //!
 //! Who asks first leads: its own thread does the work, which costs no hand-over. The others wait. A leader who
-//! leaves, because its deadline passed or it was interrupted, hands the work over to the runtime, where it goes on
-//! for the others; when nobody waits any more it goes on for [`LINGER`], since an impatient reader tends to come
-//! back, and is dropped then.
+//! leaves, because its deadline passed or it was interrupted, hands the work over to the [`Driver`], where it goes on
+//! for the others; when nobody waits any more it goes on for a while, since an impatient reader tends to come back, and
+//! is dropped then.
 
 use std::collections::HashMap;
+use std::future::Future;
 use std::hash::Hash;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 
 use crate::deadline::{Leave, Patience};
-use crate::network::Fetcher;
+use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// How long work goes on that nobody waits for.
-const LINGER: Duration = Duration::from_secs(20);
+/// Where work is waited for, and where it goes on when its starter has left.
+pub(super) trait Driver: Clone + Send + Sync + 'static {
+    /// Drives `work` on the calling thread until it is done or the caller leaves.
+    fn wait<T>(&self, work: impl Future<Output = T>, patience: Patience<'_>) -> Result<T, Leave>;
+    /// Drives `work` in the background.
+    fn go_on(&self, work: BoxFuture<'static, ()>);
+    /// Resolves when work that nobody waits for has gone on for long enough.
+    fn linger(&self) -> BoxFuture<'static, ()>;
+}
 
 /// The work under way, by key.
 #[derive(Debug)]
-pub(super) struct Flights<K: Eq + Hash, V>(Mutex<HashMap<K, Arc<watch::Sender<Option<V>>>>>);
+pub(super) struct Flights<K: Eq + Hash, V>(Mutex<Table<K, V>>);
+
+#[derive(Debug)]
+struct Table<K: Eq + Hash, V> {
+    running: HashMap<K, Arc<watch::Sender<Option<V>>>>,
+    /// How often work was done so far.
+    landed: u64,
+}
+
+/// A moment, to tell whether work was done since.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Moment(u64);
 
 /// The exclusive right to do the work of one key. Dropping it without a result makes the waiting start anew.
 struct Flight<K: Eq + Hash + Clone, V> {
     flights: Arc<Flights<K, V>>,
     key: K,
     result: Arc<watch::Sender<Option<V>>>,
+    /// Nothing has landed since the caller's look.
+    is_first: bool,
 }
 
 impl<K, V> Flights<K, V>
@@ -36,22 +55,30 @@ where
     V: Clone + Send + Sync + 'static,
 {
     pub(super) fn new() -> Arc<Self> {
-        Arc::new(Self(Mutex::new(HashMap::new())))
+        Arc::new(Self(Mutex::new(Table { running: HashMap::new(), landed: 0 })))
     }
 
-    /// The result of the work for `key`, which `start` begins unless it is under way.
+    /// The present moment. Who takes it before looking whether the work is done already need not look again unless
+    /// [`Flights::join`] says so.
+    pub(super) fn moment(&self) -> Moment {
+        Moment(self.lock().landed)
+    }
+
+    /// The result of the work for `key`, which `start` begins unless it is under way. `start` is told whether some work
+    /// was done since `looked`: the caller's then perhaps, too.
     pub(super) fn join(
         self: &Arc<Self>,
         key: &K,
-        fetcher: &Fetcher,
+        looked: Moment,
+        driver: &impl Driver,
         patience: Patience<'_>,
-        start: impl Fn() -> BoxFuture<'static, V>,
+        start: impl Fn(bool) -> BoxFuture<'static, V>,
     ) -> Result<V, Leave> {
         loop {
-            let flight = match self.board(key) {
+            let flight = match self.board(key, looked) {
                 Ok(flight) => flight,
                 Err(mut result) => {
-                    let landed = fetcher.wait(
+                    let landed = driver.wait(
                         async { result.wait_for(Option::is_some).await.ok().and_then(|value| value.clone()) },
                         patience,
                     )?;
@@ -62,14 +89,14 @@ where
                     }
                 }
             };
-            let mut work = start();
-            return match fetcher.wait(work.as_mut(), patience) {
+            let mut work = start(!flight.is_first);
+            return match driver.wait(work.as_mut(), patience) {
                 Ok(value) => {
                     flight.land(&value);
                     Ok(value)
                 }
                 Err(leave) => {
-                    fetcher.go_on(flight.go_on(work));
+                    driver.go_on(Box::pin(flight.go_on(work, driver.clone())));
                     Err(leave)
                 }
             };
@@ -80,47 +107,52 @@ where
     pub(super) fn launch(
         self: &Arc<Self>,
         key: &K,
-        fetcher: &Fetcher,
+        driver: &impl Driver,
         work: impl FnOnce() -> BoxFuture<'static, V>,
     ) {
-        if let Ok(flight) = self.board(key) {
-            fetcher.runtime().spawn(flight.go_on(work()));
+        if let Ok(flight) = self.board(key, self.moment()) {
+            driver.go_on(Box::pin(flight.go_on(work(), driver.clone())));
         }
     }
 
     /// The right to do the work, or the promise of its result if somebody else has it.
-    fn board(self: &Arc<Self>, key: &K) -> Result<Flight<K, V>, watch::Receiver<Option<V>>> {
-        let mut running = self.lock();
-        if let Some(result) = running.get(key) {
+    fn board(self: &Arc<Self>, key: &K, looked: Moment) -> Result<Flight<K, V>, watch::Receiver<Option<V>>> {
+        let mut table = self.lock();
+        if let Some(result) = table.running.get(key) {
             return Err(result.subscribe());
         }
         let result = Arc::new(watch::Sender::new(None));
-        running.insert(key.clone(), Arc::clone(&result));
-        Ok(Flight { flights: Arc::clone(self), key: key.clone(), result })
+        table.running.insert(key.clone(), Arc::clone(&result));
+        let is_first = Moment(table.landed) == looked;
+        Ok(Flight { flights: Arc::clone(self), key: key.clone(), result, is_first })
     }
 }
 
 impl<K: Eq + Hash, V> Flights<K, V> {
-    fn lock(&self) -> MutexGuard<'_, HashMap<K, Arc<watch::Sender<Option<V>>>>> {
-        // The map is consistent after every statement.
+    fn lock(&self) -> MutexGuard<'_, Table<K, V>> {
+        // The table is consistent after every statement.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl<K: Eq + Hash + Clone, V: Clone> Flight<K, V> {
     fn land(self, value: &V) {
+        let mut table = self.flights.lock();
         // Removed first: who comes later finds the result in the cache.
-        self.flights.lock().remove(&self.key);
+        table.running.remove(&self.key);
+        table.landed += 1;
+        drop(table);
         if self.result.receiver_count() > 0 {
             self.result.send_replace(Some(value.clone()));
         }
     }
 
-    async fn go_on(self, work: BoxFuture<'static, V>) {
+    /// Goes on without a leader, until nobody has waited for as long as `driver` lingers.
+    async fn go_on(self, work: BoxFuture<'static, V>, driver: impl Driver) {
         let abandoned = async {
             loop {
                 self.result.closed().await;
-                tokio::time::sleep(LINGER).await;
+                driver.linger().await;
                 if self.result.receiver_count() == 0 {
                     break;
                 }
@@ -138,9 +170,9 @@ impl<K: Eq + Hash + Clone, V: Clone> Flight<K, V> {
 
 impl<K: Eq + Hash + Clone, V> Drop for Flight<K, V> {
     fn drop(&mut self) {
-        let mut running = self.flights.lock();
-        if running.get(&self.key).is_some_and(|result| Arc::ptr_eq(result, &self.result)) {
-            running.remove(&self.key);
+        let mut table = self.flights.lock();
+        if table.running.get(&self.key).is_some_and(|result| Arc::ptr_eq(result, &self.result)) {
+            table.running.remove(&self.key);
         }
     }
 }

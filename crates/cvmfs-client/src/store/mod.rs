@@ -8,13 +8,14 @@
 
 mod chunked;
 mod database;
+mod download;
 mod flight;
 mod part;
 mod verify;
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -22,20 +23,18 @@ use cvmfs_format::compression::Compression;
 use cvmfs_format::hash::{ObjectKind, ObjectName};
 use serde::Serialize;
 
-pub use crate::cache::{Cache, CacheName, CacheUsage, CachedFile};
+pub use crate::cache::{Cache, CacheName, CacheUsage, CachedFile, PinError, Pinned};
 pub use crate::network::{FetchError, Fetcher, NetworkStatus, Place};
 pub use chunked::{ChunkedFile, ChunkedHandle, MAX_CHUNK};
 
-use crate::cache::is_full;
+use crate::cache::{Kind, is_full};
 use crate::config::ClientSettings;
-use crate::deadline::{Deadline, Patience};
+use crate::deadline::Patience;
 use crate::error::ClientError;
 use crate::network::Request;
 use flight::Flights;
-use verify::{Verified, Wanted};
+use verify::Wanted;
 
-/// Longest download of one object. Within it the low-speed limit decides.
-const LONGEST_DOWNLOAD: Duration = Duration::from_secs(3600);
 /// How long a missing or damaged object is not asked for again, so that a program that retries in a loop does not
 /// hammer the servers.
 const FAILURE_MEMORY: Duration = Duration::from_secs(2);
@@ -63,6 +62,54 @@ pub struct Counters {
     pub failures: u64,
 }
 
+/// An object that somebody asks for.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked<'a> {
+    /// Its name.
+    pub name: ObjectName,
+    /// How it is stored.
+    pub compression: Compression,
+    /// Its plain size in bytes; state it whenever it is known. For catalogs and history databases it is no more than
+    /// a hint: what manifests and parent catalogs say about it is not reliable, and nobody else minds (errata 17).
+    pub size: Option<u64>,
+    /// The path in the repository where it was found, for people who look into the cache.
+    pub path: Option<&'a [u8]>,
+    /// Where it lies below the storage root, if that does not follow from its name.
+    pub source: Option<&'a str>,
+}
+
+impl<'a> Asked<'a> {
+    /// An object that is where objects are.
+    pub fn new(name: ObjectName, compression: Compression, size: Option<u64>) -> Self {
+        Self { name, compression, size, path: None, source: None }
+    }
+
+    /// The same, found at `path` in the repository.
+    #[must_use]
+    pub fn at(self, path: &'a [u8]) -> Self {
+        Self { path: Some(path), ..self }
+    }
+
+    fn is_database(&self) -> bool {
+        matches!(self.name.kind, ObjectKind::Catalog | ObjectKind::History)
+    }
+
+    /// The size that a file in the cache must have.
+    fn certain_size(&self) -> Option<u64> {
+        self.size.filter(|_| !self.is_database())
+    }
+
+    /// The name in the cache.
+    fn file(&self) -> CacheName {
+        CacheName::object(&self.name.hash, self.compression)
+    }
+
+    fn wanted(&self) -> Wanted {
+        let hint = self.size.filter(|_| self.is_database());
+        Wanted { name: self.name, compression: self.compression, size: self.certain_size(), hint }
+    }
+}
+
 /// The objects of one repository. Clones share everything.
 ///
 /// The calls block: they must not be made on a thread of an asynchronous runtime.
@@ -77,9 +124,14 @@ type ObjectResult = Result<Arc<CachedFile>, FetchError>;
 struct Shared {
     fetcher: Fetcher,
     cache: Cache,
+    /// The content of files is not kept.
+    is_streaming: bool,
+    /// The repository asks for its files to be evicted first.
+    is_volatile: AtomicBool,
     objects: Arc<Flights<ObjectKey, ObjectResult>>,
     chunked: chunked::Assemblies,
     failed: Mutex<HashMap<ObjectKey, (Instant, FetchError)>>,
+    pinned: Mutex<HashMap<CacheName, Pinned>>,
     hits: AtomicU64,
     misses: AtomicU64,
     failures: AtomicU64,
@@ -88,16 +140,7 @@ struct Shared {
 impl ObjectStore {
     /// A store that fetches with `fetcher` and keeps in `cache`.
     pub fn new(fetcher: Fetcher, cache: Cache) -> Self {
-        Self(Arc::new(Shared {
-            fetcher,
-            cache,
-            objects: Flights::new(),
-            chunked: chunked::Assemblies::new(),
-            failed: Mutex::new(HashMap::new()),
-            hits: AtomicU64::new(0),
-            misses: AtomicU64::new(0),
-            failures: AtomicU64::new(0),
-        }))
+        Self::with(fetcher, cache, false)
     }
 
     /// The store that `settings` describe.
@@ -105,13 +148,32 @@ impl ObjectStore {
     /// # Errors
     /// The cache directory or the network cannot be set up.
     pub fn open(settings: &ClientSettings) -> Result<Self, ClientError> {
-        let cache = Cache::open(&settings.cache_directory, settings.cache_limit)?;
-        Ok(Self::new(Fetcher::new(settings)?, cache))
+        let cache = Cache::from_settings(&settings.cache)?;
+        Ok(Self::with(Fetcher::new(settings)?, cache, settings.cache.streaming))
     }
 
-    /// The object `name` as a file of decompressed bytes. With `size` its plain size is checked; state it whenever
-    /// it is known. For catalogs and history databases it is no more than a hint: what manifests and parent
-    /// catalogs say about it is not reliable, and nobody else minds (errata 17).
+    fn with(fetcher: Fetcher, cache: Cache, is_streaming: bool) -> Self {
+        Self(Arc::new(Shared {
+            fetcher,
+            cache,
+            is_streaming,
+            is_volatile: AtomicBool::new(false),
+            objects: Flights::new(),
+            chunked: chunked::Assemblies::new(),
+            failed: Mutex::new(HashMap::new()),
+            pinned: Mutex::new(HashMap::new()),
+            hits: AtomicU64::new(0),
+            misses: AtomicU64::new(0),
+            failures: AtomicU64::new(0),
+        }))
+    }
+
+    /// From now on the files of this repository are evicted before those of others (client behaviour §10).
+    pub fn set_volatile(&self, is_volatile: bool) {
+        self.0.is_volatile.store(is_volatile, Ordering::Relaxed);
+    }
+
+    /// The object `name` as a file of decompressed bytes.
     ///
     /// # Errors
     /// [`FetchError`]; the wait ends with `patience` in any case.
@@ -122,7 +184,7 @@ impl ObjectStore {
         size: Option<u64>,
         patience: impl Into<Patience<'a>>,
     ) -> Result<CachedFile, FetchError> {
-        self.object_at(name.path(), name, compression, size, patience)
+        self.fetch(&Asked::new(*name, compression, size), patience)
     }
 
     /// The object `name` like [`ObjectStore::object`], fetched from `path` below the storage root if it is not in
@@ -138,29 +200,52 @@ impl ObjectStore {
         size: Option<u64>,
         patience: impl Into<Patience<'a>>,
     ) -> Result<CachedFile, FetchError> {
-        let file = CacheName::object(&name.hash, compression);
-        let is_database = matches!(name.kind, ObjectKind::Catalog | ObjectKind::History);
-        let (size, hint) = if is_database { (None, size) } else { (size, None) };
-        if let Some(found) = self.cached(name, &file, size) {
-            self.0.hits.fetch_add(1, Ordering::Relaxed);
-            return Ok(found);
+        let asked = Asked { source: Some(&path), ..Asked::new(*name, compression, size) };
+        self.fetch(&asked, patience)
+    }
+
+    /// The object that is asked for, as a file of decompressed bytes: from the cache or from the servers.
+    ///
+    /// # Errors
+    /// [`FetchError`]; the wait ends with `patience` in any case.
+    pub fn fetch<'a>(
+        &self,
+        asked: &Asked<'_>,
+        patience: impl Into<Patience<'a>>,
+    ) -> Result<CachedFile, FetchError> {
+        let looked = self.0.objects.moment();
+        match self.find(asked) {
+            Some(found) => Ok(found),
+            None => self.fetch_missing(asked, looked, patience.into()),
         }
+    }
+
+    /// The object if it is in the cache. Never waits for a server.
+    pub fn find(&self, asked: &Asked<'_>) -> Option<CachedFile> {
+        let found = self.cached(asked, &asked.file())?;
+        self.0.hits.fetch_add(1, Ordering::Relaxed);
+        Some(found)
+    }
+
+    fn fetch_missing(
+        &self,
+        asked: &Asked<'_>,
+        looked: flight::Moment,
+        patience: Patience<'_>,
+    ) -> Result<CachedFile, FetchError> {
         self.0.misses.fetch_add(1, Ordering::Relaxed);
-        let key = (file, size);
-        let wanted = Wanted { name: *name, compression, size, hint };
+        let key = (asked.file(), asked.certain_size());
         let outcome = match self.remembered_failure(&key) {
             Some(error) => Err(error),
             None => {
-                let start = || -> futures_util::future::BoxFuture<'static, ObjectResult> {
-                    Box::pin(self.clone().download(wanted, key.0.clone(), path.clone()))
-                };
-                let joined = self.0.objects.join(&key, &self.0.fetcher, patience.into(), start);
-                joined.unwrap_or_else(|leave| Err(self.0.fetcher.left(&describe(name), leave)))
+                let start = |look_again| self.download(asked, look_again);
+                let joined = self.0.objects.join(&key, looked, &self.0.fetcher, patience, start);
+                joined.unwrap_or_else(|leave| Err(self.0.fetcher.left(&describe(&asked.name), leave)))
             }
         };
         let delivered = outcome.and_then(|file| match Arc::try_unwrap(file) {
             Ok(file) => Ok(file),
-            Err(shared) => shared.try_clone().map_err(|error| stored(name, error)),
+            Err(shared) => shared.try_clone().map_err(|error| stored(&asked.name, error)),
         });
         if let Err(error) = &delivered {
             self.0.failures.fetch_add(1, Ordering::Relaxed);
@@ -171,12 +256,37 @@ impl ObjectStore {
 
     /// Whether the object is in the cache. With `size` a file of another size does not count.
     pub fn is_cached(&self, name: &ObjectName, compression: Compression, size: Option<u64>) -> bool {
-        self.cached(name, &CacheName::object(&name.hash, compression), size).is_some()
+        let asked = Asked::new(*name, compression, size);
+        match asked.certain_size() {
+            Some(size) => self.0.cache.contains(&asked.file(), Some(size)),
+            None => self.cached(&asked, &asked.file()).is_some(),
+        }
     }
 
-    /// Forgets a cached object that turned out to be unusable; it is fetched again when it is asked for.
-    pub fn forget(&self, name: &ObjectName, compression: Compression) {
-        self.0.cache.remove(&CacheName::object(&name.hash, compression));
+    /// Forgets a cached object that turned out to be unusable, or that somebody wants to go; it is fetched again when
+    /// it is asked for. False if it was not there.
+    pub fn forget(&self, name: &ObjectName, compression: Compression) -> bool {
+        self.0.cache.remove(&CacheName::object(&name.hash, compression))
+    }
+
+    /// Fetches an object and keeps it in the cache as long as this store lives.
+    ///
+    /// # Errors
+    /// [`FetchError`]; [`FetchError::NoSpace`] if too much is pinned already.
+    pub fn pin<'a>(&self, asked: &Asked<'_>, patience: impl Into<Patience<'a>>) -> Result<(), FetchError> {
+        self.fetch(asked, patience)?;
+        let file = asked.file();
+        let pinned = self.0.cache.pin(&file, hint(asked).as_deref()).map_err(|error| {
+            FetchError::NoSpace { object: describe(&asked.name), reason: error.to_string() }
+        })?;
+        self.0.pinned.lock().unwrap_or_else(PoisonError::into_inner).insert(file, pinned);
+        Ok(())
+    }
+
+    /// Ends what [`ObjectStore::pin`] began. False if the object was not pinned.
+    pub fn unpin(&self, name: &ObjectName, compression: Compression) -> bool {
+        let file = CacheName::object(&name.hash, compression);
+        self.0.pinned.lock().unwrap_or_else(PoisonError::into_inner).remove(&file).is_some()
     }
 
     /// A file made of chunks, whose bytes are fetched when they are read.
@@ -227,7 +337,7 @@ impl ObjectStore {
             fail_overs: network.fail_overs,
             cache_hits: self.0.hits.load(Ordering::Relaxed),
             cache_misses: self.0.misses.load(Ordering::Relaxed),
-            evictions: self.0.cache.usage().evictions,
+            evictions: self.0.cache.evictions(),
             failures: self.0.failures.load(Ordering::Relaxed),
         }
     }
@@ -237,26 +347,24 @@ impl ObjectStore {
         self.0.fetcher.status()
     }
 
-    async fn download(self, wanted: Wanted, file: CacheName, path: String) -> ObjectResult {
-        // Somebody may have stored it between our look and the start of this download.
-        let name = &wanted.name;
-        if let Some(found) = self.cached(name, &file, wanted.size) {
-            return Ok(Arc::new(found));
+    /// What the content of an object is to the cache, and whether it is kept there.
+    fn kind(&self, name: &ObjectName) -> (Kind, bool) {
+        match name.kind {
+            ObjectKind::File | ObjectKind::Chunk if self.0.is_volatile.load(Ordering::Relaxed) => {
+                (Kind::Volatile, !self.0.is_streaming)
+            }
+            ObjectKind::File | ObjectKind::Chunk => (Kind::Regular, !self.0.is_streaming),
+            _ => (Kind::Catalog, true),
         }
-        let txn = self.0.cache.begin(wanted.size).map_err(|error| stored(name, error))?;
-        let mut sink = Verified::new(wanted, txn);
-        let request = Request::new(path, describe(name), wanted.max_stored());
-        self.0.fetcher.transfer(&request, &mut sink, Deadline::after(LONGEST_DOWNLOAD)).await?;
-        let stored_file = sink.into_target().commit(&file).map_err(|error| stored(name, error))?;
-        Ok(Arc::new(stored_file))
     }
 
     /// The object from the cache. Where nobody reliable states the size, what the file says of itself must fit it.
-    fn cached(&self, name: &ObjectName, file: &CacheName, size: Option<u64>) -> Option<CachedFile> {
+    fn cached(&self, asked: &Asked<'_>, file: &CacheName) -> Option<CachedFile> {
+        let size = asked.certain_size();
         let found = self.0.cache.get(file, size)?;
         if size.is_none() && !database::is_whole(&found) {
             tracing::warn!(
-                object = describe(name),
+                object = describe(&asked.name),
                 found = found.size,
                 "cut database file is removed from the cache"
             );
@@ -290,6 +398,11 @@ impl ObjectStore {
             failed.entry(key).or_insert_with(|| (Instant::now(), error.clone()));
         }
     }
+}
+
+/// Where an object belongs, for people.
+fn hint<'a>(asked: &Asked<'a>) -> Option<std::borrow::Cow<'a, str>> {
+    asked.path.map(String::from_utf8_lossy)
 }
 
 /// The name of an object in messages: what it is and where it lies.

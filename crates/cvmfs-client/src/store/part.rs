@@ -1,4 +1,5 @@
-//! A partly present file on disk: the file's bytes, with holes, and behind them a map of the chunks that are there.
+//! A partly present file on disk: the file's bytes, with holes, and behind them a map of the chunks that are there,
+//! with the checksum of each.
 //!
 //! Nothing is flushed to the disk, so after a power cut the map may promise what the disk does not hold. It is
 //! believed only while the machine has not been started again, and the file begins anew otherwise. Map and bytes
@@ -10,18 +11,22 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::cache::{Cache, CacheName, CachedFile, boot, is_full, lock};
+use cvmfs_format::catalog::Chunk;
+
+use crate::cache::{Cache, CacheName, CachedFile, Kind, boot, combine, is_full, is_same_file, lock};
 
 /// First bytes of the map; changed when the layout changes.
-const MAGIC: [u8; 8] = *b"cvmfsP01";
-/// Magic, boot id, size of the file, number of chunks. One byte for each chunk follows: 1 is present.
+const MAGIC: [u8; 8] = *b"cvmfsP02";
+/// Magic, boot id, size of the file, number of chunks. An entry for each chunk follows.
 const HEADER: u64 = 8 + 16 + 8 + 8;
+/// 1 if the chunk is present, and the checksum of its bytes.
+const ENTRY: u64 = 1 + 4;
 /// Longest wait for another process that stores a chunk of the same file.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -35,10 +40,19 @@ pub(super) struct Part {
     file: File,
     /// For reading.
     reader: File,
-    present: Box<[AtomicBool]>,
+    kind: Kind,
+    chunks: Box<[State]>,
     missing: AtomicUsize,
     /// File locks exclude processes, this excludes the threads of this one.
     storing: Mutex<()>,
+}
+
+/// What is known of a chunk.
+#[derive(Debug)]
+struct State {
+    size: u64,
+    is_present: AtomicBool,
+    checksum: AtomicU32,
 }
 
 /// What became of a chunk.
@@ -50,8 +64,14 @@ pub(super) enum Stored {
 }
 
 impl Part {
-    /// Opens the part of a file of `size` bytes in `chunks` chunks, creating it if it is not there.
-    pub(super) fn open(cache: &Cache, name: &CacheName, size: u64, chunks: usize) -> io::Result<Self> {
+    /// Opens the part of a file of `size` bytes in these chunks, creating it if it is not there.
+    pub(super) fn open(
+        cache: &Cache,
+        name: &CacheName,
+        kind: Kind,
+        size: u64,
+        chunks: &[Chunk],
+    ) -> io::Result<Self> {
         let path = cache.chunked_directory().join(format!("{}.part", name.as_str()));
         let open =
             || OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
@@ -63,8 +83,7 @@ impl Part {
             outcome => outcome?,
         };
         let reader = File::open(&path)?;
-        let is_same = |other: &File| Ok::<_, io::Error>(other.metadata()?.ino() == file.metadata()?.ino());
-        if !is_same(&reader)? {
+        if !is_same_file(&file, &reader.metadata()?) {
             return Err(io::Error::other("file was replaced while it was opened"));
         }
         cache.touch(&path);
@@ -75,8 +94,16 @@ impl Part {
             size,
             file,
             reader,
-            present: (0..chunks).map(|_| AtomicBool::new(false)).collect(),
-            missing: AtomicUsize::new(chunks),
+            kind,
+            chunks: chunks
+                .iter()
+                .map(|chunk| State {
+                    size: chunk.size,
+                    is_present: AtomicBool::new(false),
+                    checksum: AtomicU32::new(0),
+                })
+                .collect(),
+            missing: AtomicUsize::new(chunks.len()),
             storing: Mutex::new(()),
         };
         if !lock::exclusive(&part.file, LOCK_PATIENCE) {
@@ -96,20 +123,20 @@ impl Part {
     }
 
     pub(super) fn is_present(&self, chunk: usize) -> bool {
-        self.present.get(chunk).is_some_and(|present| present.load(Ordering::Acquire))
+        self.chunks.get(chunk).is_some_and(|state| state.is_present.load(Ordering::Acquire))
     }
 
     /// Looks into the map whether another process has stored the chunk meanwhile.
     pub(super) fn look_up(&self, chunk: usize) -> bool {
         if !self.is_present(chunk) {
-            let mut byte = [0];
-            match self.file.read_at(&mut byte, self.map_offset() + HEADER + chunk as u64) {
-                Ok(1) if byte == [1] => self.mark(chunk),
+            let mut entry = [0; ENTRY as usize];
+            match self.file.read_exact_at(&mut entry, self.entry_offset(chunk)) {
+                Ok(()) => self.learn(chunk, entry),
                 // The map was cut off: that is done to complete files only.
-                Ok(0) if self.file.metadata().is_ok_and(|metadata| metadata.len() == self.size) => {
+                Err(_) if self.file.metadata().is_ok_and(|metadata| metadata.len() == self.size) => {
                     self.mark_all();
                 }
-                _ => {}
+                Err(_) => {}
             }
         }
         self.is_present(chunk)
@@ -122,23 +149,20 @@ impl Part {
 
     /// Stores the verified bytes of a chunk.
     pub(super) fn store(&self, chunk: usize, offset: u64, bytes: &[u8]) -> io::Result<Stored> {
-        if !self.cache.charge(bytes.len() as u64) {
-            return Ok(Stored::NoRoom);
-        }
+        let Some(charge) = self.cache.charge(bytes.len() as u64) else { return Ok(Stored::NoRoom) };
         let _here = self.storing.lock().unwrap_or_else(PoisonError::into_inner);
         if !lock::exclusive(&self.file, LOCK_PATIENCE) {
-            self.cache.discharge(bytes.len() as u64);
             return Ok(Stored::NoRoom);
         }
         let outcome = self.store_locked(chunk, offset, bytes);
         lock::release(&self.file);
-        if outcome.is_err() {
-            self.cache.discharge(bytes.len() as u64);
-        }
         match outcome {
             Err(error) if is_full(&error) => Ok(Stored::NoRoom),
             Err(error) => Err(error),
-            Ok(()) => Ok(Stored::Kept),
+            Ok(()) => {
+                charge.stored();
+                Ok(Stored::Kept)
+            }
         }
     }
 
@@ -162,8 +186,10 @@ impl Part {
             }
             outcome => outcome?,
         }
-        self.file.write_all_at(&[1], self.map_offset() + HEADER + chunk as u64)?;
-        self.mark(chunk);
+        let [a, b, c, d] = libdeflater::crc32(bytes).to_le_bytes();
+        let entry = [1, a, b, c, d];
+        self.file.write_all_at(&entry, self.entry_offset(chunk))?;
+        self.learn(chunk, entry);
         if !self.is_complete() {
             // Other processes may have stored the rest.
             self.read_map()?;
@@ -174,15 +200,18 @@ impl Part {
     /// Gives the complete file its final name.
     fn publish(&self) -> io::Result<()> {
         self.file.set_len(self.size)?;
+        let checksum = self
+            .chunks
+            .iter()
+            .fold(0, |before, chunk| combine(before, chunk.checksum.load(Ordering::Relaxed), chunk.size));
+        self.cache.seal(&self.file, self.kind, checksum, None);
         // The part may have been evicted and begun anew by somebody else under the same name. It is moved to a name
         // of our own first, where it can be compared with the file that we know to be complete.
         let moved = self.cache.temporary_path("assembled");
         if std::fs::rename(&self.path, &moved).is_err() {
             return Ok(());
         }
-        let ours = self.file.metadata()?;
-        let found = std::fs::symlink_metadata(&moved)?;
-        if (ours.dev(), ours.ino()) == (found.dev(), found.ino()) {
+        if is_same_file(&self.file, &std::fs::symlink_metadata(&moved)?) {
             std::fs::rename(&moved, self.cache.path(&self.name))
         } else {
             std::fs::rename(&moved, &self.path)
@@ -194,12 +223,16 @@ impl Part {
     }
 
     fn full_length(&self) -> u64 {
-        self.map_offset() + HEADER + self.present.len() as u64
+        self.entry_offset(self.chunks.len())
+    }
+
+    fn entry_offset(&self, chunk: usize) -> u64 {
+        self.map_offset() + HEADER + chunk as u64 * ENTRY
     }
 
     fn header(&self) -> Vec<u8> {
         let boot = boot::id().unwrap_or_default();
-        let (size, chunks) = (self.size.to_le_bytes(), (self.present.len() as u64).to_le_bytes());
+        let (size, chunks) = (self.size.to_le_bytes(), (self.chunks.len() as u64).to_le_bytes());
         [&MAGIC[..], &boot, &size, &chunks].concat()
     }
 
@@ -217,23 +250,30 @@ impl Part {
     }
 
     fn read_map(&self) -> io::Result<()> {
-        let mut map = vec![0; self.present.len()];
-        self.file.read_exact_at(&mut map, self.map_offset() + HEADER)?;
-        for (chunk, byte) in map.into_iter().enumerate() {
-            if byte == 1 {
-                self.mark(chunk);
-            }
+        let mut map = vec![0; self.chunks.len() * ENTRY as usize];
+        self.file.read_exact_at(&mut map, self.entry_offset(0))?;
+        for (chunk, entry) in map.as_chunks().0.iter().enumerate() {
+            self.learn(chunk, *entry);
         }
         Ok(())
     }
 
+    fn learn(&self, chunk: usize, [is_present, checksum @ ..]: [u8; ENTRY as usize]) {
+        if is_present == 1 {
+            if let Some(state) = self.chunks.get(chunk) {
+                state.checksum.store(u32::from_le_bytes(checksum), Ordering::Relaxed);
+            }
+            self.mark(chunk);
+        }
+    }
+
     fn mark_all(&self) {
-        (0..self.present.len()).for_each(|chunk| self.mark(chunk));
+        (0..self.chunks.len()).for_each(|chunk| self.mark(chunk));
     }
 
     fn mark(&self, chunk: usize) {
-        if let Some(present) = self.present.get(chunk)
-            && !present.swap(true, Ordering::AcqRel)
+        if let Some(state) = self.chunks.get(chunk)
+            && !state.is_present.swap(true, Ordering::AcqRel)
         {
             self.missing.fetch_sub(1, Ordering::AcqRel);
         }

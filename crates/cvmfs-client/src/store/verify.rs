@@ -2,8 +2,8 @@
 
 use std::io;
 
-use cvmfs_format::compression::{Compression, InflateError, Inflater};
-use cvmfs_format::hash::{Hasher, ObjectKind, ObjectName};
+use cvmfs_format::compression::{Compression, InflateError, Inflater, inflate_known};
+use cvmfs_format::hash::{ContentHash, Hasher, ObjectKind, ObjectName};
 
 use crate::cache::{Txn, is_full};
 use crate::network::{Sink, SinkError};
@@ -50,6 +50,67 @@ impl Wanted {
             Compression::None => plain,
             _ => plain.saturating_add(plain / 8).saturating_add(64 * 1024),
         }
+    }
+}
+
+/// A small body in memory: verified and inflated in one go when it is complete.
+pub(super) struct Small {
+    wanted: Wanted,
+    size: u64,
+    body: Vec<u8>,
+    plain: Vec<u8>,
+}
+
+impl Small {
+    /// Largest object of which body and plain bytes are held in memory: twice this for each connection.
+    pub(super) const LARGEST: u64 = 256 * 1024;
+
+    /// For an object of `size` plain bytes.
+    pub(super) fn new(wanted: Wanted, size: u64) -> Self {
+        Self { wanted, size, body: Vec::new(), plain: Vec::new() }
+    }
+
+    /// The plain bytes; only valid after [`Sink::finish`] succeeded.
+    pub(super) fn into_plain(self) -> Vec<u8> {
+        self.plain
+    }
+}
+
+impl Sink for Small {
+    fn begin(&mut self) -> Result<(), SinkError> {
+        self.body.clear();
+        Ok(())
+    }
+
+    fn write(&mut self, piece: &[u8]) -> Result<(), SinkError> {
+        self.body.extend_from_slice(piece);
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<(), SinkError> {
+        let expected = self.wanted.name.hash;
+        let found = ContentHash::of(expected.algorithm, &self.body);
+        check_hash(found, expected)?;
+        self.plain = inflate_known(self.wanted.compression, &self.body, self.size)
+            .map_err(|error| SinkError::Corrupt(error.to_string()))?;
+        check_size(self.plain.len() as u64, Some(self.size))
+    }
+}
+
+fn check_hash(found: ContentHash, expected: ContentHash) -> Result<(), SinkError> {
+    if found == expected {
+        Ok(())
+    } else {
+        Err(SinkError::Corrupt(format!("content hash is {found} instead of {expected}")))
+    }
+}
+
+fn check_size(plain: u64, expected: Option<u64>) -> Result<(), SinkError> {
+    match expected {
+        Some(size) if size != plain => {
+            Err(SinkError::Corrupt(format!("{plain} plain bytes instead of {size}")))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -113,18 +174,9 @@ impl<T: Target> Sink for Verified<T> {
         let Some((hasher, inflater)) = self.state.take() else {
             return Err(SinkError::Corrupt("body without a beginning".to_owned()));
         };
-        let found = hasher.finish();
-        let expected = self.wanted.name.hash;
-        if found != expected {
-            return Err(SinkError::Corrupt(format!("content hash is {found} instead of {expected}")));
-        }
+        check_hash(hasher.finish(), self.wanted.name.hash)?;
         let plain = inflater.finish().map_err(|error| SinkError::Corrupt(error.to_string()))?;
-        match self.wanted.size {
-            Some(size) if size != plain => {
-                Err(SinkError::Corrupt(format!("{plain} plain bytes instead of {size}")))
-            }
-            _ => Ok(()),
-        }
+        check_size(plain, self.wanted.size)
     }
 }
 

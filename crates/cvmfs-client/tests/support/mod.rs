@@ -154,6 +154,15 @@ pub fn cached_files(cache: &Path) -> Vec<PathBuf> {
     files
 }
 
+/// How many files are being written in the cache.
+pub fn temporary_files(cache: &Path) -> usize {
+    let processes = std::fs::read_dir(cache.join("txn")).unwrap();
+    let files = processes.flat_map(|process| std::fs::read_dir(process.unwrap().path()).unwrap());
+    files
+        .filter(|file| !["life", "pins"].contains(&file.as_ref().unwrap().file_name().to_str().unwrap()))
+        .count()
+}
+
 /// A port of loopback on which nobody listens.
 pub fn closed_port() -> String {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();

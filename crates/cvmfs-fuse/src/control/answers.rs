@@ -377,7 +377,7 @@ impl CacheProbe {
                 if error == mpsc::RecvTimeoutError::Timeout {
                     state.asking = Some(receiver);
                 }
-                let known = state.last.unwrap_or(CacheUsage { used: 0, limit: 0, evictions: 0 });
+                let known = state.last.unwrap_or(CacheUsage { used: 0, limit: 0, pinned: 0, evictions: 0 });
                 (known, Some("the disk of the cache does not answer; its usage is from earlier".into()))
             }
         }

@@ -39,7 +39,7 @@ impl Drop for Place {
 }
 
 pub(super) fn check(findings: &mut Findings, settings: &ClientSettings) -> Place {
-    let cache = match Cache::open(&settings.cache_directory, settings.cache_limit) {
+    let cache = match Cache::from_settings(&settings.cache) {
         Ok(cache) => cache,
         Err(error) => {
             findings.fail("cache", chain(&error), None, 1);
@@ -56,13 +56,14 @@ pub(super) fn check(findings: &mut Findings, settings: &ClientSettings) -> Place
     let megabytes = |bytes: u64| bytes >> 20;
     let (free, total) = (partition.f_bavail * partition.f_frsize, partition.f_blocks * partition.f_frsize);
     let usage = cache.usage();
-    let unlimited = settings.cache_limit == u64::MAX;
-    if !unlimited && settings.cache_limit > total {
+    let configured = settings.cache.primary.limit();
+    let unlimited = configured == u64::MAX;
+    if !unlimited && configured > total {
         findings.warn(
             "cache",
             format!(
                 "{shown}: the limit of {} MiB is larger than the partition; {} MiB are used",
-                megabytes(settings.cache_limit),
+                megabytes(configured),
                 megabytes(usage.limit)
             ),
             "set CVMFS_QUOTA_LIMIT to what the partition can spare",
