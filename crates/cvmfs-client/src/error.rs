@@ -162,7 +162,7 @@ fn is_read_only(error: &std::io::Error) -> bool {
 }
 
 /// A repository path for a message: bytes that are not UTF-8 are replaced, control characters escaped.
-fn shown(path: &[u8]) -> String {
+pub(crate) fn shown(path: &[u8]) -> String {
     let text = String::from_utf8_lossy(path);
     if text.is_empty() { "/".to_owned() } else { text.escape_debug().to_string() }
 }

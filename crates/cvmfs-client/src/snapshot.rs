@@ -22,8 +22,8 @@ use cvmfs_format::manifest::DEFAULT_TTL;
 use cvmfs_format::{Compression, ContentHash, ObjectKind, ObjectName, PathHash};
 
 use crate::deadline::Deadline;
-use crate::error::ClientError;
-use crate::store::ObjectStore;
+use crate::error::{ClientError, shown};
+use crate::store::{Asked, CacheName, Context, ObjectStore, Pinned};
 
 /// Catalogs kept open at a time. Each costs a descriptor, a mapping and the prepared
 /// statements (about 100 KiB); a node runs hundreds of layers, not thousands.
@@ -47,6 +47,8 @@ pub struct AttachedCatalog {
     hash: ContentHash,
     size: u64,
     open: Mutex<Option<Catalog>>,
+    /// Keeps the file in the cache while the catalog is open.
+    pinned: Mutex<Option<Pinned>>,
     link_leaders: OnceLock<HashMap<u32, i64>>,
     /// Entries of this catalog without those of nested ones; known once it was open.
     entries: OnceLock<u64>,
@@ -60,6 +62,7 @@ impl AttachedCatalog {
             hash,
             size,
             open: Mutex::new(None),
+            pinned: Mutex::new(None),
             link_leaders: OnceLock::new(),
             entries: OnceLock::new(),
             last_used: AtomicU64::new(0),
@@ -83,6 +86,14 @@ impl AttachedCatalog {
 
     fn is_open(&self) -> bool {
         self.open.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// Closes the catalog unless somebody reads in it.
+    fn close(&self) {
+        if let Ok(mut slot) = self.open.try_lock() {
+            *slot = None;
+            *self.pinned.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
     }
 }
 
@@ -189,6 +200,7 @@ impl Snapshot {
             };
             Ok((about, rows.revision(), rows.last_modified()))
         })?;
+        self.store.set_volatile(about.is_volatile);
         self.about = about;
         if self.pin.revision == 0 {
             self.pin.revision = revision;
@@ -392,9 +404,7 @@ impl Snapshot {
         drop(attached);
         // Nodes may still refer to a detached catalog; it is opened again if one of them is read.
         for (_, catalog) in &nested {
-            if let Ok(mut open) = catalog.open.try_lock() {
-                *open = None;
-            }
+            catalog.close();
         }
         nested.len()
     }
@@ -466,7 +476,9 @@ impl Snapshot {
     fn load(&self, catalog: &AttachedCatalog, deadline: Deadline) -> Result<Catalog, ClientError> {
         let name = ObjectName::new(catalog.hash, ObjectKind::Catalog);
         let size = (catalog.size > 0).then_some(catalog.size);
-        let object = self.store.object(&name, Compression::Zlib, size, deadline).map_err(|error| {
+        let context = Context { path: Some(&catalog.mountpoint), ..Context::default() };
+        let asked = Asked::new(name, Compression::Zlib, size).within(context);
+        let object = self.store.fetch(&asked, deadline).map_err(|error| {
             ClientError::catalog_missing(&self.fqrn, &catalog.mountpoint, catalog.hash, error)
         })?;
         let unreadable = |error| ClientError::catalog_unreadable(&self.fqrn, &catalog.mountpoint, error);
@@ -478,6 +490,11 @@ impl Snapshot {
                 "the catalog belongs to another path",
             ));
         }
+        let hint = format!("file catalog at {}:{} ({})", self.fqrn, shown(&catalog.mountpoint), catalog.hash);
+        // A catalog that cannot be pinned is used all the same; it may have to be fetched again.
+        let pinned =
+            self.store.cache().pin(&CacheName::object(&catalog.hash, Compression::Zlib), Some(&hint));
+        *catalog.pinned.lock().unwrap_or_else(PoisonError::into_inner) = pinned.ok();
         if catalog.entries.get().is_none() {
             let own = rows.counters().map_err(unreadable)?.own;
             let _ = catalog.entries.set(own.entries().max(0).cast_unsigned());
@@ -485,18 +502,22 @@ impl Snapshot {
         Ok(rows)
     }
 
-    /// Closes the least recently used catalogs beyond [`MAX_OPEN_CATALOGS`].
+    /// Closes the least recently used catalogs beyond [`MAX_OPEN_CATALOGS`], and half of them when pinned catalogs
+    /// take too much of the cache. The root catalog stays.
     fn close_least_used(&self) {
-        let mut open: Vec<_> = self.attached().into_iter().filter(|catalog| catalog.is_open()).collect();
-        if open.len() <= MAX_OPEN_CATALOGS {
+        let mut open: Vec<_> = self
+            .attached()
+            .into_iter()
+            .filter(|catalog| !catalog.mountpoint.is_empty() && catalog.is_open())
+            .collect();
+        let most = if self.store.cache().is_pin_pressure() { open.len() / 2 } else { MAX_OPEN_CATALOGS };
+        if open.len() <= most {
             return;
         }
         open.sort_by_key(|catalog| catalog.last_used.load(Ordering::Relaxed));
-        let surplus = open.len() - MAX_OPEN_CATALOGS;
+        let surplus = open.len() - most;
         for catalog in open.into_iter().take(surplus) {
-            if let Ok(mut slot) = catalog.open.try_lock() {
-                *slot = None;
-            }
+            catalog.close();
         }
     }
 

@@ -82,10 +82,10 @@ impl Seal {
         value.push(VERSION);
         value.extend_from_slice(&checksum.to_le_bytes());
         value.extend_from_slice(hint.as_bytes());
-        match fsetxattr(file, NAME, &value, XattrFlags::empty()) {
-            Err(Errno::OPNOTSUPP | Errno::PERM | Errno::NOSYS) => able.store(false, Ordering::Relaxed),
-            // Without room for the seal the file is as good as on a file system without seals.
-            Ok(()) | Err(_) => {}
+        let outcome = fsetxattr(file, NAME, &value, XattrFlags::empty());
+        // Without room for the seal the file is as good as on a file system without seals.
+        if matches!(outcome, Err(Errno::OPNOTSUPP | Errno::PERM | Errno::NOSYS)) {
+            able.store(false, Ordering::Relaxed);
         }
     }
 
@@ -209,7 +209,7 @@ mod tests {
 
     #[test]
     fn checksums_of_pieces_make_the_checksum_of_the_whole() {
-        let whole: Vec<u8> = (0..100_000_u32).map(|number| (number * 7 >> 3) as u8).collect();
+        let whole: Vec<u8> = (0..100_000_u32).map(|number| ((number * 7) >> 3) as u8).collect();
         for at in [0, 1, 4096, 65_537, 100_000] {
             let (first, second) = whole.split_at(at);
             let combined =
@@ -227,7 +227,7 @@ mod tests {
     #[test]
     fn of_a_long_hint_the_end_is_kept() {
         let long = format!("/{}/ä/last", "x".repeat(100));
-        let hint = Seal::of(&sealed(b"", &long)).unwrap().hint.unwrap();
+        let hint = Seal::of(sealed(b"", &long)).unwrap().hint.unwrap();
         assert!(hint.starts_with('…') && hint.ends_with("/last") && hint.len() <= MAX_HINT, "{hint}");
     }
 }

@@ -284,11 +284,12 @@ impl Space {
             let limit = self.bounded(record.limit);
             let ahead = (limit / AHEAD_PART).min(MAX_AHEAD) / 4096 * 4096;
             let fits = self.budget.claim(&mut record.claimed, limit, bytes, ahead);
+            // Told while the record is locked, so that whoever counts sees both or neither.
+            self.tell_outstanding();
             (fits, record.claimed > limit / 100 * HIGH_WATER_PERCENT)
         });
         match claimed {
             Some((fits, is_high)) => {
-                self.tell_outstanding();
                 if is_high {
                     self.evict_early();
                 }
@@ -450,14 +451,12 @@ impl Space {
 
     /// The claims before a count of the files.
     fn before(&self, open: &Open) -> Count {
-        // In this order: what is claimed in between counts twice and not at all.
-        let claimed_before = self.record(|record| record.claimed).unwrap_or(0);
-        let (others, _) = presence::living(open.root(), open.presence());
-        Count {
-            claimed_before,
-            outstanding_before: others.saturating_add(self.budget.outstanding()),
-            found: 0,
-        }
+        let count = |claimed_before| {
+            let (others, _) = presence::living(open.root(), open.presence());
+            let outstanding_before = others.saturating_add(self.budget.outstanding());
+            Count { claimed_before, outstanding_before, found: 0 }
+        };
+        self.record(|record| count(record.claimed)).unwrap_or_else(|| count(0))
     }
 
     fn conclude(&self, open: &Open, count: Count) {

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 
@@ -62,20 +63,31 @@ impl Drop for Lease {
 
 /// The memory that this process may use: that of the machine or, if smaller, of its control group.
 pub(crate) fn memory_limit() -> u64 {
-    let machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| total_memory(&text));
-    let group = std::fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| {
-        let path = text.lines().find_map(|line| line.strip_prefix("0::"))?.to_owned();
-        // The limits of the groups above hold as well.
-        std::path::Path::new(&path)
-            .ancestors()
-            .filter_map(|group| {
-                let relative = group.strip_prefix("/").unwrap_or(group);
-                let file = std::path::Path::new("/sys/fs/cgroup").join(relative).join("memory.max");
-                std::fs::read_to_string(file).ok()?.trim().parse::<u64>().ok()
-            })
-            .min()
-    });
+    let read = |path: &Path| std::fs::read_to_string(path).ok();
+    let machine = read(Path::new("/proc/meminfo")).and_then(|text| total_memory(&text));
+    let groups = read(Path::new("/proc/self/cgroup")).unwrap_or_default();
+    let group = group_files(&groups).iter().filter_map(|file| read(file)?.trim().parse::<u64>().ok()).min();
     machine.unwrap_or(u64::MAX).min(group.unwrap_or(u64::MAX))
+}
+
+/// The files that limit the memory of a process in these control groups, of both versions. The limits of the groups
+/// above hold as well.
+fn group_files(groups: &str) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for line in groups.lines() {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { continue };
+        let (base, file) = match controllers {
+            "" => ("/sys/fs/cgroup", "memory.max"),
+            _ if controllers.split(',').any(|name| name == "memory") => {
+                ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
+            }
+            _ => continue,
+        };
+        let above = Path::new(path.trim_start_matches('/')).ancestors();
+        files.extend(above.map(|group| Path::new(base).join(group).join(file)));
+    }
+    files
 }
 
 fn total_memory(meminfo: &str) -> Option<u64> {
@@ -93,6 +105,19 @@ mod tests {
         assert_eq!(total_memory("MemTotal:       24589504 kB\nMemFree: 1 kB\n"), Some(24_589_504 * 1024));
         assert_eq!(total_memory("rubbish"), None);
         assert!(memory_limit() > 64 << 20);
+    }
+
+    #[test]
+    fn control_groups_of_both_versions_are_asked() {
+        let files = group_files("12:pids:/a\n4:memory:/jobs/7\n0::/x\n");
+        let expected = [
+            "/sys/fs/cgroup/memory/jobs/7/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/jobs/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/x/memory.max",
+            "/sys/fs/cgroup/memory.max",
+        ];
+        assert_eq!(files, expected.map(PathBuf::from));
     }
 
     #[test]

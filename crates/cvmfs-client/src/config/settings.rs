@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::{
-    CacheSettings, Config, ConfigError, NetworkSettings, Selection, Setting, authorization_settings, revision_settings,
+    CacheSettings, Config, ConfigError, NetworkSettings, Selection, Setting, authorization_settings,
+    revision_settings,
 };
 use crate::authz::AuthorizationSettings;
 

@@ -14,14 +14,15 @@ use futures_util::future::BoxFuture;
 use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
 
-use super::download::LONGEST_DOWNLOAD;
+use super::download::{LONGEST_DOWNLOAD, request_for};
 use super::flight::Flights;
 use super::part::{Part, Stored};
-use super::verify::{Verified, Wanted};
-use super::{Asked, ObjectStore, describe, stored};
+use super::verify::Verified;
+use super::{Asked, Context, ObjectStore, describe, stored};
+use crate::authz::{Caller, Credentials};
 use crate::cache::{CacheName, CachedFile, is_full};
 use crate::deadline::{Deadline, Patience};
-use crate::network::{FetchError, Request};
+use crate::network::FetchError;
 
 /// Largest chunk in plain bytes. A chunk is verified in memory before it enters the file. Publishers cut at 16 MiB
 /// at most by default and 24 MiB with grafts; four times that is room for settings of sites.
@@ -91,18 +92,57 @@ enum Backing {
 pub struct ChunkedHandle {
     store: ObjectStore,
     assembly: Arc<Assembly>,
+    origin: Arc<Origin>,
+}
+
+/// Where the chunks come from, and on whose behalf.
+#[derive(Debug)]
+struct Origin {
+    path: Option<Box<[u8]>>,
+    is_external: bool,
+    caller: Option<Caller>,
+    credentials: Option<Arc<Credentials>>,
+}
+
+impl Origin {
+    fn of(context: Context<'_>) -> Arc<Self> {
+        Arc::new(Self {
+            path: context.path.map(Box::from),
+            is_external: context.is_external,
+            caller: context.caller,
+            credentials: context.credentials.cloned(),
+        })
+    }
+
+    fn context(&self) -> Context<'_> {
+        Context {
+            path: self.path.as_deref(),
+            is_external: self.is_external,
+            caller: self.caller,
+            credentials: self.credentials.as_ref(),
+        }
+    }
 }
 
 impl ChunkedHandle {
-    pub(super) fn open(store: &ObjectStore, file: &ChunkedFile) -> Result<Self, FetchError> {
+    pub(super) fn open(
+        store: &ObjectStore,
+        file: &ChunkedFile,
+        context: Context<'_>,
+    ) -> Result<Self, FetchError> {
+        let origin = Origin::of(context);
         let name = content_name(file);
         let object = || format!("chunked file {}", name.as_str());
+        if let Some(first) = file.chunks.first().filter(|_| context.is_external) {
+            let name = ObjectName::new(first.hash, ObjectKind::Chunk);
+            store.fetcher_of(&Asked::new(name, file.compression, None).within(context))?;
+        }
         if let Some(rule) = broken_rule(file) {
             return Err(FetchError::Refused { object: object(), reason: rule });
         }
         let mut open = store.0.chunked.open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(assembly) = open.get(&name).and_then(Weak::upgrade) {
-            return Ok(Self { store: store.clone(), assembly });
+            return Ok(Self { store: store.clone(), assembly, origin });
         }
         let cache = &store.0.cache;
         let (kind, is_kept) =
@@ -128,7 +168,7 @@ impl ChunkedHandle {
         });
         open.retain(|_, assembly| assembly.strong_count() > 0);
         open.insert(name, Arc::downgrade(&assembly));
-        Ok(Self { store: store.clone(), assembly })
+        Ok(Self { store: store.clone(), assembly, origin })
     }
 
     /// Plain bytes of the file.
@@ -254,9 +294,13 @@ impl ChunkedHandle {
         }
     }
 
-    fn asked(&self, place: &Chunk) -> Asked<'static> {
+    fn asked(&self, place: &Chunk) -> Asked<'_> {
         let name = ObjectName::new(place.hash, ObjectKind::Chunk);
-        Asked::new(name, self.assembly.compression, Some(place.size))
+        let asked =
+            Asked::new(name, self.assembly.compression, Some(place.size)).within(self.origin.context());
+        // Chunks of an external file are byte ranges of it (repository format §9.3).
+        let range = self.origin.is_external.then(|| (place.offset, place.offset + place.size - 1));
+        Asked { range, ..asked }
     }
 
     fn chunk_at(&self, offset: u64) -> usize {
@@ -338,15 +382,15 @@ impl ChunkedHandle {
         if part.look_up(chunk) {
             return Ok(None);
         }
-        let name = ObjectName::new(place.hash, ObjectKind::Chunk);
-        let wanted =
-            Wanted { name, compression: self.assembly.compression, size: Some(place.size), hint: None };
+        let asked = self.asked(place);
+        let (name, wanted) = (asked.name, asked.wanted());
         let units = u32::try_from(place.size.div_ceil(UNIT)).unwrap_or(u32::MAX);
         // The semaphore is never closed, and no chunk is larger than all of it.
         let _memory = self.store.0.chunked.memory.acquire_many(units).await;
         let mut sink = Verified::new(wanted, Vec::with_capacity(as_index(place.size)));
-        let request = Request::new(name.path(), describe(&name), wanted.max_stored());
-        self.store.0.fetcher.transfer(&request, &mut sink, Deadline::after(LONGEST_DOWNLOAD)).await?;
+        let request = request_for(&asked, wanted.max_stored())?;
+        let fetcher = self.store.fetcher_of(&asked)?;
+        fetcher.transfer(&request, &mut sink, Deadline::after(LONGEST_DOWNLOAD)).await?;
         let bytes = sink.into_target();
         match part.store(chunk, place.offset, &bytes).map_err(|error| stored(&name, error))? {
             Stored::Kept => Ok(None),
@@ -364,7 +408,7 @@ impl ChunkedHandle {
 }
 
 /// The name of the file's content: a hash over the list of its chunks, which by their hashes determine its bytes.
-fn content_name(file: &ChunkedFile) -> CacheName {
+pub(super) fn content_name(file: &ChunkedFile) -> CacheName {
     let mut hash = Sha256::new();
     hash.update(b"cvmfs chunk list 1");
     hash.update([file.compression.id()]);

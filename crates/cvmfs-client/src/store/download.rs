@@ -5,11 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use tokio::runtime::Handle;
 
 use super::flight::Driver;
 use super::verify::{Small, Verified, Wanted};
-use super::{Asked, CacheName, CachedFile, ObjectResult, ObjectStore, describe, hint, stored};
+use super::{Asked, CacheName, CachedFile, ObjectResult, ObjectStore, described, hint, stored};
 use crate::cache::{Draft, Kind};
 use crate::deadline::{Deadline, Leave, Patience};
 use crate::network::{FetchError, Fetcher, Request};
@@ -25,8 +24,11 @@ impl Driver for Fetcher {
     }
 
     fn go_on(&self, work: BoxFuture<'static, ()>) {
-        let runtime: &Handle = self.runtime();
-        runtime.spawn(work);
+        Fetcher::go_on(self, work);
+    }
+
+    fn begin(&self, work: BoxFuture<'static, ()>) {
+        self.runtime().spawn(work);
     }
 
     fn linger(&self) -> BoxFuture<'static, ()> {
@@ -37,6 +39,7 @@ impl Driver for Fetcher {
 /// A download, with everything that it needs to go on without the one who asked.
 struct Job {
     store: ObjectStore,
+    fetcher: Fetcher,
     wanted: Wanted,
     file: CacheName,
     kind: Kind,
@@ -53,12 +56,37 @@ impl ObjectStore {
         }
         let (kind, keep) = self.kind(&asked.name);
         let wanted = asked.wanted();
-        let path = asked.source.map_or_else(|| asked.name.path(), str::to_owned);
-        let request = Request::new(path, describe(&asked.name), wanted.max_stored());
+        let (request, fetcher) = match (request_for(asked, wanted.max_stored()), self.fetcher_of(asked)) {
+            (Ok(request), Ok(fetcher)) => (request, fetcher.clone()),
+            (Err(error), _) | (_, Err(error)) => return Box::pin(std::future::ready(Err(error))),
+        };
         let hint = hint(asked).map(|hint| hint.as_ref().into());
-        let job = Job { store: self.clone(), wanted, file: asked.file(), kind, keep, hint, request };
+        let job = Job { store: self.clone(), fetcher, wanted, file: asked.file(), kind, keep, hint, request };
         Box::pin(async move { job.run().await.map(Arc::new) })
     }
+}
+
+/// The request for what is asked for.
+pub(super) fn request_for(asked: &Asked<'_>, max: u64) -> Result<Request, FetchError> {
+    let context = &asked.context;
+    let path = match (context.is_external, context.path) {
+        (false, _) => asked.source.map_or_else(|| asked.name.path(), str::to_owned),
+        (true, path) => {
+            let text = path.and_then(|path| std::str::from_utf8(path).ok());
+            let text = text.ok_or_else(|| FetchError::Refused {
+                object: described(asked),
+                reason: "the path of an external file must be known, and be UTF-8".to_owned(),
+            })?;
+            text.trim_start_matches('/').to_owned()
+        }
+    };
+    Ok(Request {
+        range: asked.range,
+        caller: context.caller,
+        file: hint(asked).map(std::borrow::Cow::into_owned),
+        credentials: context.credentials.cloned(),
+        ..Request::new(path, described(asked), max)
+    })
 }
 
 impl Job {
@@ -76,7 +104,7 @@ impl Job {
     async fn fetch_small(&self, size: u64) -> Result<CachedFile, FetchError> {
         let mut sink = Small::new(self.wanted, size);
         let deadline = Deadline::after(LONGEST_DOWNLOAD);
-        self.store.fetcher().transfer(&self.request, &mut sink, deadline).await?;
+        self.fetcher.transfer(&self.request, &mut sink, deadline).await?;
         let plain = sink.into_plain();
         let store = || {
             let mut txn = self.store.cache().begin(self.draft(Some(size)))?;
@@ -92,7 +120,7 @@ impl Job {
         let txn = self.store.cache().begin(self.draft(self.wanted.size)).map_err(failed)?;
         let mut sink = Verified::new(self.wanted, txn);
         let deadline = Deadline::after(LONGEST_DOWNLOAD);
-        self.store.fetcher().transfer(&self.request, &mut sink, deadline).await?;
+        self.fetcher.transfer(&self.request, &mut sink, deadline).await?;
         sink.into_target().commit().map_err(failed)
     }
 

@@ -19,8 +19,10 @@ use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub(super) trait Driver: Clone + Send + Sync + 'static {
     /// Drives `work` on the calling thread until it is done or the caller leaves.
     fn wait<T>(&self, work: impl Future<Output = T>, patience: Patience<'_>) -> Result<T, Leave>;
-    /// Drives `work` in the background.
+    /// Drives `work`, which the calling thread has begun in [`Driver::wait`] and leaves, in the background.
     fn go_on(&self, work: BoxFuture<'static, ()>);
+    /// Drives work in the background that nobody has begun.
+    fn begin(&self, work: BoxFuture<'static, ()>);
     /// Resolves when work that nobody waits for has gone on for long enough.
     fn linger(&self) -> BoxFuture<'static, ()>;
 }
@@ -111,7 +113,7 @@ where
         work: impl FnOnce() -> BoxFuture<'static, V>,
     ) {
         if let Ok(flight) = self.board(key, self.moment()) {
-            driver.go_on(Box::pin(flight.go_on(work(), driver.clone())));
+            driver.begin(Box::pin(flight.go_on(work(), driver.clone())));
         }
     }
 

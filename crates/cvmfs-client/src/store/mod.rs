@@ -27,6 +27,7 @@ pub use crate::cache::{Cache, CacheName, CacheUsage, CachedFile, PinError, Pinne
 pub use crate::network::{FetchError, Fetcher, NetworkStatus, Place};
 pub use chunked::{ChunkedFile, ChunkedHandle, MAX_CHUNK};
 
+use crate::authz::{Caller, Credentials};
 use crate::cache::{Kind, is_full};
 use crate::config::ClientSettings;
 use crate::deadline::Patience;
@@ -62,6 +63,20 @@ pub struct Counters {
     pub failures: u64,
 }
 
+/// Where something belongs that is read, and who reads it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Context<'a> {
+    /// The absolute path in the repository, for people who look into the cache, for sites that tell it to their
+    /// servers, and for external files.
+    pub path: Option<&'a [u8]>,
+    /// The file lies on the external servers under its path in the repository (repository format §9.3).
+    pub is_external: bool,
+    /// Who reads, for sites that tell it to their servers.
+    pub caller: Option<Caller>,
+    /// The right to read.
+    pub credentials: Option<&'a Arc<Credentials>>,
+}
+
 /// An object that somebody asks for.
 #[derive(Debug, Clone, Copy)]
 pub struct Asked<'a> {
@@ -72,22 +87,24 @@ pub struct Asked<'a> {
     /// Its plain size in bytes; state it whenever it is known. For catalogs and history databases it is no more than
     /// a hint: what manifests and parent catalogs say about it is not reliable, and nobody else minds (errata 17).
     pub size: Option<u64>,
-    /// The path in the repository where it was found, for people who look into the cache.
-    pub path: Option<&'a [u8]>,
+    /// Where it belongs, and who asks.
+    pub context: Context<'a>,
     /// Where it lies below the storage root, if that does not follow from its name.
     pub source: Option<&'a str>,
+    /// First and last byte of an external file of which it is a part.
+    range: Option<(u64, u64)>,
 }
 
 impl<'a> Asked<'a> {
     /// An object that is where objects are.
     pub fn new(name: ObjectName, compression: Compression, size: Option<u64>) -> Self {
-        Self { name, compression, size, path: None, source: None }
+        Self { name, compression, size, context: Context::default(), source: None, range: None }
     }
 
-    /// The same, found at `path` in the repository.
+    /// The same in this context.
     #[must_use]
-    pub fn at(self, path: &'a [u8]) -> Self {
-        Self { path: Some(path), ..self }
+    pub fn within(self, context: Context<'a>) -> Self {
+        Self { context, ..self }
     }
 
     fn is_database(&self) -> bool {
@@ -123,6 +140,8 @@ type ObjectResult = Result<Arc<CachedFile>, FetchError>;
 #[derive(Debug)]
 struct Shared {
     fetcher: Fetcher,
+    /// For external files, if they have servers.
+    external: Option<Fetcher>,
     cache: Cache,
     /// The content of files is not kept.
     is_streaming: bool,
@@ -140,7 +159,7 @@ struct Shared {
 impl ObjectStore {
     /// A store that fetches with `fetcher` and keeps in `cache`.
     pub fn new(fetcher: Fetcher, cache: Cache) -> Self {
-        Self::with(fetcher, cache, false)
+        Self::with(fetcher, None, cache, false)
     }
 
     /// The store that `settings` describe.
@@ -149,12 +168,14 @@ impl ObjectStore {
     /// The cache directory or the network cannot be set up.
     pub fn open(settings: &ClientSettings) -> Result<Self, ClientError> {
         let cache = Cache::from_settings(&settings.cache)?;
-        Ok(Self::with(Fetcher::new(settings)?, cache, settings.cache.streaming))
+        let (fetcher, external) = (Fetcher::new(settings)?, Fetcher::external(settings)?);
+        Ok(Self::with(fetcher, external, cache, settings.cache.streaming))
     }
 
-    fn with(fetcher: Fetcher, cache: Cache, is_streaming: bool) -> Self {
+    fn with(fetcher: Fetcher, external: Option<Fetcher>, cache: Cache, is_streaming: bool) -> Self {
         Self(Arc::new(Shared {
             fetcher,
+            external,
             cache,
             is_streaming,
             is_volatile: AtomicBool::new(false),
@@ -227,6 +248,23 @@ impl ObjectStore {
         Some(found)
     }
 
+    /// The object if it is in the cache. Never waits for a server.
+    pub fn cached_object(
+        &self,
+        name: &ObjectName,
+        compression: Compression,
+        size: Option<u64>,
+    ) -> Option<CachedFile> {
+        self.find(&Asked::new(*name, compression, size))
+    }
+
+    /// A file made of chunks if all of it is in the cache as one file. Never waits for a server.
+    pub fn cached_chunked(&self, file: &ChunkedFile) -> Option<CachedFile> {
+        let found = self.0.cache.get(&chunked::content_name(file), Some(file.size))?;
+        self.0.hits.fetch_add(1, Ordering::Relaxed);
+        Some(found)
+    }
+
     fn fetch_missing(
         &self,
         asked: &Asked<'_>,
@@ -238,9 +276,10 @@ impl ObjectStore {
         let outcome = match self.remembered_failure(&key) {
             Some(error) => Err(error),
             None => {
+                let fetcher = self.fetcher_of(asked)?;
                 let start = |look_again| self.download(asked, look_again);
-                let joined = self.0.objects.join(&key, looked, &self.0.fetcher, patience, start);
-                joined.unwrap_or_else(|leave| Err(self.0.fetcher.left(&describe(&asked.name), leave)))
+                let joined = self.0.objects.join(&key, looked, fetcher, patience, start);
+                joined.unwrap_or_else(|leave| Err(fetcher.left(&described(asked), leave)))
             }
         };
         let delivered = outcome.and_then(|file| match Arc::try_unwrap(file) {
@@ -295,7 +334,19 @@ impl ObjectStore {
     /// [`FetchError::Refused`] for a chunk list that is not contiguous or has too large a chunk;
     /// [`FetchError::Local`] and [`FetchError::NoSpace`] if the file cannot be created.
     pub fn chunked(&self, file: &ChunkedFile) -> Result<ChunkedHandle, FetchError> {
-        ChunkedHandle::open(self, file)
+        self.chunked_within(file, Context::default())
+    }
+
+    /// The same in a context.
+    ///
+    /// # Errors
+    /// As [`ObjectStore::chunked`]; [`FetchError::Refused`] for an external file without external servers.
+    pub fn chunked_within(
+        &self,
+        file: &ChunkedFile,
+        context: Context<'_>,
+    ) -> Result<ChunkedHandle, FetchError> {
+        ChunkedHandle::open(self, file, context)
     }
 
     /// A small file of the storage root that is not an object, such as `.cvmfspublished`, of at most `max` bytes.
@@ -315,6 +366,22 @@ impl ObjectStore {
     /// The network side.
     pub fn fetcher(&self) -> &Fetcher {
         &self.0.fetcher
+    }
+
+    /// The network side of external files; `None` without `CVMFS_EXTERNAL_URL`.
+    pub fn external_fetcher(&self) -> Option<&Fetcher> {
+        self.0.external.as_ref()
+    }
+
+    /// The network side that has what is asked for.
+    fn fetcher_of(&self, asked: &Asked<'_>) -> Result<&Fetcher, FetchError> {
+        if !asked.context.is_external {
+            return Ok(&self.0.fetcher);
+        }
+        self.0.external.as_ref().ok_or_else(|| FetchError::Refused {
+            object: described(asked),
+            reason: "the file lies on external servers, and CVMFS_EXTERNAL_URL is not set".to_owned(),
+        })
     }
 
     /// The disk side.
@@ -402,7 +469,15 @@ impl ObjectStore {
 
 /// Where an object belongs, for people.
 fn hint<'a>(asked: &Asked<'a>) -> Option<std::borrow::Cow<'a, str>> {
-    asked.path.map(String::from_utf8_lossy)
+    asked.context.path.map(String::from_utf8_lossy)
+}
+
+/// What is asked for in messages.
+fn described(asked: &Asked<'_>) -> String {
+    match hint(asked) {
+        Some(path) if asked.context.is_external => format!("external file {}", path.escape_debug()),
+        _ => describe(&asked.name),
+    }
 }
 
 /// The name of an object in messages: what it is and where it lies.
