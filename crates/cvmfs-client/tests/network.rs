@@ -21,7 +21,7 @@ fn fetch(store: &ObjectStore, name: &ObjectName, plain: &[u8]) -> Result<(), Fet
 }
 
 #[test]
-fn a_dead_proxy_is_replaced_at_once_by_the_next_one() {
+fn row_04_a_dead_proxy_is_replaced_at_once_by_the_next_one() {
     let bench = Bench::new();
     let plain = noise(1, 5000);
     let name = bench.publish_file(&plain);
@@ -41,7 +41,7 @@ fn a_dead_proxy_is_replaced_at_once_by_the_next_one() {
 }
 
 #[test]
-fn direct_is_never_used_where_it_is_not_listed() {
+fn row_19_direct_is_never_used_where_it_is_not_listed() {
     let bench = Bench::new();
     let name = bench.publish_file(b"x");
     let origin = Origin::serve(bench.storage()).unwrap();
@@ -70,7 +70,7 @@ fn direct_is_used_when_all_proxies_before_it_are_dead() {
 }
 
 #[test]
-fn a_slow_proxy_is_not_replaced_by_direct() {
+fn row_07_a_slow_proxy_is_not_replaced_by_direct() {
     let bench = Bench::new();
     let plain = noise(2, 100_000);
     let name = bench.publish_file(&plain);
@@ -92,7 +92,7 @@ fn a_slow_proxy_is_not_replaced_by_direct() {
 }
 
 #[test]
-fn the_preferred_proxy_comes_back_after_its_reset_time() {
+fn row_20_the_preferred_proxy_comes_back_after_its_reset_time() {
     let bench = Bench::new();
     let names: Vec<_> = (0..3_u8).map(|number| bench.publish_file(&[number; 10])).collect();
     let second = Origin::serve(bench.storage()).unwrap();
@@ -112,7 +112,7 @@ fn the_preferred_proxy_comes_back_after_its_reset_time() {
 }
 
 #[test]
-fn a_server_that_never_answers_ends_with_the_deadline() {
+fn row_06_a_server_that_never_answers_ends_with_the_deadline() {
     let bench = Bench::new();
     let name = bench.publish_file(b"x");
     let origin = Origin::serve(bench.storage()).unwrap();
@@ -148,7 +148,7 @@ fn an_interrupted_reader_leaves_at_once() {
 }
 
 #[test]
-fn a_silent_host_is_left_for_the_next_one() {
+fn row_06_a_silent_host_is_left_for_the_next_one() {
     let bench = Bench::new();
     let plain = noise(3, 2000);
     let name = bench.publish_file(&plain);
@@ -164,7 +164,7 @@ fn a_silent_host_is_left_for_the_next_one() {
 }
 
 #[test]
-fn a_cut_body_is_fetched_again_and_never_enters_the_cache() {
+fn row_08_a_cut_body_is_fetched_again_and_never_enters_the_cache() {
     let bench = Bench::new();
     let plain = noise(4, 50_000);
     let name = bench.publish_file(&plain);
@@ -193,7 +193,7 @@ fn a_reset_connection_is_forgiven_once() {
 }
 
 #[test]
-fn an_object_that_one_host_lacks_comes_from_the_other() {
+fn row_11_an_object_that_one_host_lacks_comes_from_the_other() {
     let bench = Bench::new();
     let plain = noise(6, 3000);
     let name = bench.publish_file(&plain);
@@ -205,7 +205,7 @@ fn an_object_that_one_host_lacks_comes_from_the_other() {
 }
 
 #[test]
-fn an_object_that_no_host_has_is_not_found_and_not_asked_for_again_at_once() {
+fn row_11_an_object_that_no_host_has_is_not_found_and_not_asked_for_again_at_once() {
     let bench = Bench::new();
     let name = bench.publish_file(b"x");
     std::fs::remove_file(bench.storage().join(name.path())).unwrap();
@@ -234,7 +234,7 @@ fn statuses_are_told_to_the_user() {
 }
 
 #[test]
-fn a_login_page_for_everything_is_refused_and_not_kept() {
+fn row_15_a_login_page_for_everything_is_refused_and_not_kept() {
     let bench = Bench::new();
     let name = bench.publish_file(b"x");
     let origin = Origin::serve(bench.storage()).unwrap();
@@ -246,7 +246,7 @@ fn a_login_page_for_everything_is_refused_and_not_kept() {
 }
 
 #[test]
-fn a_body_much_larger_than_the_object_is_aborted() {
+fn row_17_a_body_much_larger_than_the_object_is_aborted() {
     let bench = Bench::new();
     let name = bench.publish_file(b"small");
     let origin = Origin::serve(bench.storage()).unwrap();
@@ -283,7 +283,7 @@ fn one_connection_serves_many_objects() {
 }
 
 #[test]
-fn ten_thousand_cold_opens_share_a_bounded_number_of_connections() {
+fn row_24_ten_thousand_cold_opens_share_a_bounded_number_of_connections() {
     let bench = Bench::new();
     let names: Vec<_> = (0..500_u32).map(|number| bench.publish_file(&number.to_le_bytes())).collect();
     let origin = Origin::serve(bench.storage()).unwrap();

@@ -12,6 +12,7 @@
 //! * Every wait has a deadline.
 
 pub mod binary;
+pub mod black_hole;
 pub mod client;
 pub mod dockerd;
 pub mod fixture;
@@ -20,11 +21,13 @@ pub mod image;
 pub mod interrupt;
 pub mod managed_plugin;
 pub mod mounts;
+pub mod name_server;
 pub mod origin;
 pub mod packages;
 pub mod process;
 pub mod published;
 pub mod registry;
+pub mod relay;
 pub mod scratch;
 mod syscall;
 pub mod tar;
@@ -32,14 +35,17 @@ pub mod thin_engine;
 pub mod tree;
 
 pub use binary::{binary, workspace_root};
+pub use black_hole::BlackHole;
 pub use client::{Mount, MountBuilder};
 pub use dockerd::{Dockerd, DockerdBuilder};
 pub use fixture::Fixture;
 pub use image::Image;
-pub use origin::{Fault, Origin, Request};
+pub use name_server::NameServer;
+pub use origin::{Fault, Length, Origin, Request};
 pub use packages::install;
 pub use published::Published;
 pub use registry::Registry;
+pub use relay::Relay;
 pub use scratch::ScratchDir;
 pub use thin_engine::ThinEngine;
 pub use tree::{TreeEntry, compare, walk_tree};

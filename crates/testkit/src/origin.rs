@@ -37,6 +37,36 @@ pub enum Fault {
     Slow(u64),
     /// Other bytes instead of the file's.
     Replace(Vec<u8>),
+    /// Other bytes, as from a cache that has a wrong copy: a request that asks past caches gets the file.
+    Stale(Vec<u8>),
+    /// The connection is reset (RST) after so many bytes of the body.
+    ResetAfter(u64),
+    /// As if a middle box had forgotten the connection: a second request on one is read and never answered.
+    HangReused,
+    /// This answer instead of the file.
+    Answer {
+        /// Status code.
+        status: u16,
+        /// Header lines.
+        headers: Vec<(String, String)>,
+    },
+    /// The body's length is told wrongly or not at all.
+    Length(Length),
+    /// A body without end and without a length.
+    Endless,
+}
+
+/// How the length of a body is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Length {
+    /// So many bytes more than there are; the connection is closed after those that there are.
+    Longer(u64),
+    /// So many bytes less than are sent.
+    Shorter(u64),
+    /// Not at all: the connection's end is the body's.
+    Absent,
+    /// By chunked encoding.
+    Chunked,
 }
 
 /// One request as it was answered.
@@ -58,6 +88,8 @@ pub struct Request {
     pub sent: u64,
     /// Which connection, counted from 0.
     pub connection: u64,
+    /// How many requests came before on the same connection.
+    pub turn: u64,
 }
 
 /// The server; it ends when dropped.
@@ -195,7 +227,10 @@ impl Shared {
     fn converse(&self, stream: &TcpStream, connection: u64) -> io::Result<()> {
         stream.set_nodelay(true)?;
         let mut reader = BufReader::new(stream.try_clone()?);
+        let mut turn = 0;
         while let Some(mut request) = read_head(&mut reader, connection)? {
+            request.turn = turn;
+            turn += 1;
             let fault = self.fault_for(&request.path);
             let keep = self.answer(stream, &mut request, fault);
             let last = request.last;
@@ -223,9 +258,26 @@ impl Shared {
                 self.wait(Duration::MAX);
                 return Ok(false);
             }
-            Some(Fault::Reset) => {
-                rustix::net::sockopt::set_socket_linger(stream.as_fd(), Some(Duration::ZERO))?;
-                lock(&self.open).remove(&request.connection);
+            Some(Fault::HangReused) if request.turn > 0 => {
+                self.wait(Duration::MAX);
+                return Ok(false);
+            }
+            Some(Fault::Reset) => return self.reset(stream, request),
+            Some(Fault::Answer { status, headers }) => {
+                let lines: String =
+                    headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+                return self.send_answer(stream, request, status, &lines, "this fault was asked for\n");
+            }
+            Some(Fault::Stale(_))
+                if request.headers.get("cache-control").is_some_and(|value| value.contains("no-cache")) => {}
+            Some(Fault::Stale(bytes)) => replacement = Some(bytes),
+            Some(Fault::Endless) => {
+                request.status = 200;
+                (&*stream).write_all(b"HTTP/1.1 200 -\r\n\r\n")?;
+                while !self.stopping.load(Ordering::SeqCst) {
+                    (&*stream).write_all(&[b'x'; 16 * 1024])?;
+                    request.sent += 16 * 1024;
+                }
                 return Ok(false);
             }
             Some(Fault::Delay(time)) => self.wait(time),
@@ -245,15 +297,32 @@ impl Shared {
         self.send_body(stream, request, body, fault.as_ref())
     }
 
+    fn reset(&self, stream: &TcpStream, request: &Request) -> io::Result<bool> {
+        rustix::net::sockopt::set_socket_linger(stream.as_fd(), Some(Duration::ZERO))?;
+        lock(&self.open).remove(&request.connection);
+        Ok(false)
+    }
+
     fn send_text(
         &self,
-        mut stream: &TcpStream,
+        stream: &TcpStream,
         request: &mut Request,
         status: u16,
         text: &str,
     ) -> io::Result<bool> {
+        self.send_answer(stream, request, status, "", text)
+    }
+
+    fn send_answer(
+        &self,
+        mut stream: &TcpStream,
+        request: &mut Request,
+        status: u16,
+        lines: &str,
+        text: &str,
+    ) -> io::Result<bool> {
         request.status = status;
-        let head = format!("HTTP/1.1 {status} -\r\nContent-Length: {}\r\n\r\n", text.len());
+        let head = format!("HTTP/1.1 {status} -\r\n{lines}Content-Length: {}\r\n\r\n", text.len());
         stream.write_all(head.as_bytes())?;
         if request.method != "HEAD" {
             stream.write_all(text.as_bytes())?;
@@ -281,8 +350,19 @@ impl Shared {
         if status == 206 {
             head.push_str(&format!("Content-Range: bytes {start}-{}/{}\r\n", start + length - 1, body.size));
         }
-        if status != 304 {
-            head.push_str(&format!("Content-Length: {length}\r\n"));
+        let told = match fault {
+            Some(Fault::Length(told)) => Some(*told),
+            _ => None,
+        };
+        match told {
+            _ if status == 304 => {}
+            None => head.push_str(&format!("Content-Length: {length}\r\n")),
+            Some(Length::Longer(more)) => head.push_str(&format!("Content-Length: {}\r\n", length + more)),
+            Some(Length::Shorter(less)) => {
+                head.push_str(&format!("Content-Length: {}\r\n", length.saturating_sub(less)));
+            }
+            Some(Length::Absent) => {}
+            Some(Length::Chunked) => head.push_str("Transfer-Encoding: chunked\r\n"),
         }
         head.push_str("\r\n");
         stream.write_all(head.as_bytes())?;
@@ -291,7 +371,7 @@ impl Shared {
         }
 
         let limit = match fault {
-            Some(Fault::Truncate(limit)) => length.min(*limit),
+            Some(Fault::Truncate(limit) | Fault::ResetAfter(limit)) => length.min(*limit),
             _ => length,
         };
         let rate = match fault {
@@ -311,11 +391,27 @@ impl Shared {
             {
                 *byte ^= 1;
             }
+            if told == Some(Length::Chunked) {
+                stream.write_all(format!("{wanted:x}\r\n").as_bytes())?;
+            }
             stream.write_all(&block[..wanted])?;
+            if told == Some(Length::Chunked) {
+                stream.write_all(b"\r\n")?;
+            }
             request.sent += wanted as u64;
             if rate.is_some() {
                 self.wait(Duration::from_millis(50));
             }
+        }
+        if matches!(fault, Some(Fault::ResetAfter(_))) {
+            // What was sent is to arrive, and then the reset.
+            self.wait(Duration::from_millis(50));
+            return self.reset(stream, request);
+        }
+        match told {
+            Some(Length::Chunked) => stream.write_all(b"0\r\n\r\n")?,
+            Some(_) => return Ok(false),
+            None => {}
         }
         Ok(limit == length)
     }
@@ -392,7 +488,7 @@ fn read_head(reader: &mut BufReader<TcpStream>, connection: u64) -> io::Result<O
     };
     let path = path.split(['?', '#']).next().unwrap_or(path).to_owned();
     let last = old || headers.get("connection").is_some_and(|value| value.eq_ignore_ascii_case("close"));
-    Ok(Some(Request { method, path, headers, absolute, last, status: 0, sent: 0, connection }))
+    Ok(Some(Request { method, path, headers, absolute, last, status: 0, sent: 0, connection, turn: 0 }))
 }
 
 /// `bytes=A-B`, `bytes=A-` and `bytes=-N`; end exclusive. Anything else, or a range outside, is ignored.

@@ -1,5 +1,6 @@
 //! What the configuration says about servers, proxies and the network (client behaviour §2.3).
 
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -84,13 +85,19 @@ pub enum ProxyGroup {
     Auto,
 }
 
-/// One way out to the servers.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+/// One way out to the servers. Its debug form shows no credentials.
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub enum Proxy {
     /// Without a proxy.
     Direct,
     /// Through the proxy with this URL.
     Url(String),
+}
+
+impl fmt::Debug for Proxy {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&self.display())
+    }
 }
 
 impl Proxy {
@@ -171,8 +178,8 @@ impl ProxyList {
     }
 }
 
-/// Where proxies are found out.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// Where proxies are found out. Its debug form shows no credentials.
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct DiscoverySettings {
     /// The environment's `http_proxy`, which comes before all files.
     pub http_proxy: Option<String>,
@@ -180,6 +187,14 @@ pub struct DiscoverySettings {
     pub pac_urls: Vec<String>,
     /// Keeps what was found for the next time.
     pub saved: PathBuf,
+}
+
+impl fmt::Debug for DiscoverySettings {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown: Vec<String> =
+            self.http_proxy.iter().chain(&self.pac_urls).map(|list| without_credentials(list)).collect();
+        write!(formatter, "{shown:?}, kept in {}", self.saved.display())
+    }
 }
 
 /// How names become addresses.

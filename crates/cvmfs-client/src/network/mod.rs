@@ -52,7 +52,7 @@ use tokio::sync::Semaphore;
 
 pub use control::{HostInfo, InvalidList, ProxyEntry, ProxyInfo, ProxyState};
 pub use failure::{Cause, FetchError, Place};
-pub use request::Request;
+pub use request::{OnBehalf, Request};
 pub use transfer::{Sink, SinkError};
 
 use crate::config::{ClientSettings, NetworkSettings};
@@ -355,7 +355,8 @@ impl Fetcher {
         deadline: Deadline,
     ) -> Result<(), FetchError> {
         let end = deadline.instant().into();
-        let travelling = self.travel(request, sink);
+        let told = if self.tells_readers() { request.on_behalf() } else { None };
+        let travelling = self.travel(told.as_ref().unwrap_or(request), sink);
         let mut last = LastCause::default();
         match tokio::time::timeout_at(end, travelling.run(&mut last)).await {
             Ok(outcome) => outcome,
@@ -366,6 +367,11 @@ impl Fetcher {
                 Err(error)
             }
         }
+    }
+
+    /// Whether servers are told who reads what, so that it is worth an [`OnBehalf`].
+    pub fn tells_readers(&self) -> bool {
+        self.0.transport.tracing || self.0.transport.send_info
     }
 
     fn travel<'a>(&'a self, request: &'a Request, sink: &'a mut dyn Sink) -> Travel<'a> {

@@ -1,5 +1,6 @@
 //! What is asked for, by whom, and with what right.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
 use crate::authz::{Caller, Credentials};
@@ -23,7 +24,42 @@ pub struct Request {
     pub credentials: Option<Arc<Credentials>>,
 }
 
+thread_local! {
+    /// For whom this thread fetches.
+    static READER: RefCell<Option<(Caller, String)>> = const { RefCell::new(None) };
+}
+
+/// Says for whom the calling thread fetches until this is dropped: sites may want their servers to know
+/// (`CVMFS_HTTP_TRACING`, `CVMFS_SEND_INFO_HEADER`). A thread that waits drives its own downloads, so this needs no
+/// way through everything between a reader and a request. What is fetched ahead is fetched for nobody.
+#[derive(Debug)]
+pub struct OnBehalf(());
+
+impl OnBehalf {
+    /// Of a process that reads `file`, a path inside the repository.
+    #[must_use]
+    pub fn of(caller: Caller, file: String) -> Self {
+        READER.set(Some((caller, file)));
+        Self(())
+    }
+}
+
+impl Drop for OnBehalf {
+    fn drop(&mut self) {
+        READER.take();
+    }
+}
+
 impl Request {
+    /// The request with what the calling thread says of its reader, where it does not say itself.
+    pub(super) fn on_behalf(&self) -> Option<Self> {
+        if self.caller.is_some() || self.file.is_some() {
+            return None;
+        }
+        let (caller, file) = READER.with_borrow(Clone::clone)?;
+        Some(Self { caller: Some(caller), file: Some(file), ..self.clone() })
+    }
+
     /// A request for a whole file, on nobody's behalf.
     pub fn new(path: impl Into<String>, object: impl Into<String>, max: u64) -> Self {
         Self {
