@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use cvmfs_client::authz::Caller;
 use cvmfs_client::deadline::Deadline;
+use cvmfs_client::network::OnBehalf;
 use cvmfs_format::catalog::EntryKind;
 use fuser::{
     Errno, FileAttr, FileHandle, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner,
@@ -141,22 +142,30 @@ impl Mount {
             Ok(node) => node,
             Err(error) => return reply.error(self.failed("open", id, None, &error)),
         };
+        let _reading = self.reading(caller, &node);
         match self.content.open(&node, unique, Deadline::after(DATA_DEADLINE)) {
             Ok((handle, mode)) => answer_open(reply, handle, mode),
             Err(error) => reply.error(self.content_failed(&node, &error)),
         }
     }
 
-    fn read(&self, id: u64, offset: u64, size: u32, reply: ReplyData) {
+    fn read(&self, id: u64, caller: Caller, offset: u64, size: u32, reply: ReplyData) {
         let node = match self.view.node(id, Deadline::after(METADATA_DEADLINE)) {
             Ok(node) => node,
             Err(error) => return reply.error(self.failed("read", id, None, &error)),
         };
         let mut buffer = vec![0; size.min(MAX_READ) as usize];
+        let _reading = self.reading(caller, &node);
         match self.content.read(&node, offset, &mut buffer, Deadline::after(DATA_DEADLINE)) {
             Ok(length) => reply.data(&buffer[..length]),
             Err(error) => reply.error(self.content_failed(&node, &error)),
         }
+    }
+
+    /// Tells the servers who reads what, where the site wants that.
+    fn reading(&self, caller: Caller, node: &Node) -> Option<OnBehalf> {
+        let tells = self.view.repository().store().fetcher().tells_readers();
+        tells.then(|| OnBehalf::of(caller, String::from_utf8_lossy(&node.located.path).into_owned()))
     }
 
     /// Checks the caller of a protected repository. A denial is logged where it is decided, and is no I/O error.
@@ -325,7 +334,8 @@ impl fuser::Filesystem for Adapter {
         self.note(request);
         let remembered = self.0.view.remembered(node.0);
         let ready = remembered.is_some_and(|node| self.0.content.is_readable(&node));
-        self.answer(ready, move |mount| mount.read(node.0, offset, size, reply));
+        let caller = caller_of(request);
+        self.answer(ready, move |mount| mount.read(node.0, caller, offset, size, reply));
     }
 
     fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {

@@ -210,7 +210,10 @@ impl Fetcher {
         let renewed = self.wait(preparation::renew(&self.0), Deadline::after(super::PREPARATION).into());
         match renewed {
             Ok(Err(reason)) => Err(invalid(reason)),
-            Ok(Ok(())) => Ok(()),
+            Ok(Ok(())) => {
+                self.0.preparation.found();
+                Ok(())
+            }
             Err(_) => Err(invalid("the names were not resolved in time".to_owned())),
         }
     }

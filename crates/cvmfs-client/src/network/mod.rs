@@ -454,7 +454,6 @@ impl Travel<'_> {
                 continue;
             }
             let outcome = fetcher.attempt(request, journey, &policy, sink).await;
-            drop(permit);
             let (cause, retry_after, reused) = match outcome {
                 Ok(()) => {
                     journey.succeeded(&shared.routes, Instant::now());
@@ -476,6 +475,8 @@ impl Travel<'_> {
             }
             let was_slow = matches!(cause, Cause::TooSlow { .. }) && !route.way.is_direct();
             let step = journey.next_step(&shared.routes, &policy, &failure, now);
+            // Only now: who waits for a turn is to know the verdict.
+            drop(permit);
             let place = place(&route);
             tracing::debug!(object, host = place.host, proxy = place.proxy, %cause, reused, "attempt failed");
             if reused && cause.may_be_stale() {

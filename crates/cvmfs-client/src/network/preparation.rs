@@ -75,6 +75,11 @@ impl Preparation {
         lists.discovered = None;
     }
 
+    /// Requests can be sent: an administrator named proxies where discovery had found none.
+    pub(super) fn found(&self) {
+        self.phase.store(READY, Ordering::Release);
+    }
+
     fn note_proxies(&self, list: &ProxyList) {
         let any = list.regular.iter().chain(&list.fallback).any(|group| match group {
             ProxyGroup::Auto => false,
