@@ -20,6 +20,11 @@ impl Deadline {
         Self(Instant::now() + patience.min(LONGEST))
     }
 
+    /// The deadline at this instant.
+    pub fn at(instant: Instant) -> Self {
+        Self(instant)
+    }
+
     /// The time left; zero once it is over.
     pub fn remaining(self) -> Duration {
         self.0.saturating_duration_since(Instant::now())

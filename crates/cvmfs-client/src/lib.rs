@@ -16,6 +16,7 @@
 
 pub mod authz;
 pub mod cache;
+pub mod changes;
 pub mod clock;
 pub mod config;
 pub mod deadline;

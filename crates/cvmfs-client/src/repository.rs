@@ -323,6 +323,26 @@ impl Repository {
         Ok(Refreshed::Updated)
     }
 
+    /// Makes a revision readable that a predecessor of this process used before the current one, for files that
+    /// were opened then. To be called for the newest one first.
+    ///
+    /// # Errors
+    /// If its root catalog is neither cached nor to be had.
+    pub fn recall(
+        &self,
+        pin: Pin,
+        attached: &[(Vec<u8>, ContentHash, u64)],
+        deadline: Deadline,
+    ) -> Result<(), ClientError> {
+        let snapshot = Snapshot::pin(&self.settings.fqrn, &self.store, pin, None, deadline)?;
+        snapshot.attach_again(attached, deadline);
+        let mut older = self.older.lock().unwrap_or_else(PoisonError::into_inner);
+        if older.len() < MAX_OLDER_SNAPSHOTS {
+            older.push_back(Arc::new(snapshot));
+        }
+        Ok(())
+    }
+
     fn keep_older(&self, snapshot: Arc<Snapshot>) {
         let mut older = self.older.lock().unwrap_or_else(PoisonError::into_inner);
         older.push_front(snapshot);

@@ -409,19 +409,37 @@ impl Snapshot {
         nested.len()
     }
 
+    /// Rows of one catalog whose first path hash half lies in `low..=high`, sorted by path hash, without the root
+    /// row of a nested catalog: the mount point's row in the parent catalog stands for it.
+    ///
+    /// # Errors
+    /// If the catalog cannot be loaded.
+    pub(crate) fn rows(
+        &self,
+        catalog: &AttachedCatalog,
+        low: i64,
+        high: i64,
+        deadline: Deadline,
+    ) -> Result<Vec<Entry>, ClientError> {
+        let mut rows = self.with_catalog(catalog, deadline, |rows| Ok(rows.by_path_prefix(low, high)?))?;
+        rows.retain(|row| !row.is_nested_root());
+        Ok(rows)
+    }
+
     /// The catalogs attached so far, sorted by path.
     pub fn attached(&self) -> Vec<Arc<AttachedCatalog>> {
         self.attached.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
-    /// Attaches a catalog that an earlier process had attached, without opening it.
-    /// `hash` must stem from a verified catalog of this repository.
-    pub fn attach_again(&self, mountpoint: &[u8], hash: ContentHash, size: u64) {
-        self.attached
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .entry(mountpoint.into())
-            .or_insert_with(|| AttachedCatalog::new(mountpoint, hash, size));
+    /// Attaches catalogs that an earlier process had attached, in this revision or another one: those of this
+    /// revision are told by their parents. `known` holds mount points, hashes and plain sizes.
+    pub fn attach_again(&self, known: &[(Vec<u8>, ContentHash, u64)], deadline: Deadline) {
+        let mut known: Vec<_> = known.iter().filter(|(mountpoint, ..)| !mountpoint.is_empty()).collect();
+        // Parents before their children.
+        known.sort();
+        for (mountpoint, hash, size) in known {
+            self.attach_if_listed(AttachedCatalog::new(mountpoint, *hash, *size), deadline);
+        }
     }
 
     /// The catalog in which the children of `directory` are rows: the nested one at a mount point.
@@ -563,18 +581,19 @@ impl Snapshot {
             if catalog.mountpoint.is_empty() {
                 continue;
             }
-            let deadline = Deadline::after(Duration::from_secs(10));
-            let Some(parent) = self.deepest_above(&catalog.mountpoint) else { continue };
-            let nested =
-                self.with_catalog(&parent, deadline, |rows| Ok(rows.nested_at(&catalog.mountpoint)?));
-            if let Ok(Some(nested)) = nested
-                && nested.hash == catalog.hash
-            {
-                self.attached
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .insert(catalog.mountpoint.clone(), catalog);
-            }
+            self.attach_if_listed(catalog, Deadline::after(Duration::from_secs(10)));
+        }
+    }
+
+    /// Attaches the catalog if the one above it names it.
+    fn attach_if_listed(&self, catalog: Arc<AttachedCatalog>, deadline: Deadline) {
+        let Some(parent) = self.deepest_above(&catalog.mountpoint) else { return };
+        let nested = self.with_catalog(&parent, deadline, |rows| Ok(rows.nested_at(&catalog.mountpoint)?));
+        if let Ok(Some(nested)) = nested
+            && nested.hash == catalog.hash
+        {
+            let mut attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
+            attached.insert(catalog.mountpoint.clone(), catalog);
         }
     }
 

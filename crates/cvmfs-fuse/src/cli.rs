@@ -64,11 +64,14 @@ enum LogFormat {
 enum Verb {
     /// Mount a repository; returns when its root directory answers.
     Mount(MountArguments),
-    /// Unmount; a mount in use disappears at once and ends with its last user.
+    /// Unmount; a mount in use is refused with the processes that use it.
     #[command(visible_alias = "unmount")]
     Umount {
         /// Where the repository is mounted.
         mountpoint: PathBuf,
+        /// Also if it is in use: it disappears at once and ends with its last user.
+        #[arg(long, short = 'l')]
+        lazy: bool,
     },
     /// Tell the state of all mounts, or of those of one repository. Never touches a mount.
     Status {
@@ -153,7 +156,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match &cli.verb {
         Verb::Mount(arguments) => mount(&cli, arguments),
-        Verb::Umount { mountpoint } => umount(&cli, mountpoint),
+        Verb::Umount { mountpoint, lazy } => umount(&cli, mountpoint, *lazy),
         Verb::Status { fqrn } => status::status(cli.json, fqrn.as_deref()),
         Verb::Talk { fqrn, command } => talk(fqrn, command),
         Verb::Config { fqrn, options } => config::config(cli.json, fqrn, options),
@@ -255,8 +258,12 @@ fn stay_in_foreground(mounted: &launch::Mounted, signals: &std::os::fd::OwnedFd)
     }
 }
 
-fn umount(cli: &Cli, mountpoint: &Path) -> anyhow::Result<ExitCode> {
-    launch::unmount(mountpoint)?;
+fn umount(cli: &Cli, mountpoint: &Path, lazy: bool) -> anyhow::Result<ExitCode> {
+    if lazy {
+        launch::unmount(mountpoint)?;
+    } else {
+        launch::unmount_unused(mountpoint)?;
+    }
     if cli.json {
         println!("{}", serde_json::json!({ "unmounted": mountpoint }));
     }

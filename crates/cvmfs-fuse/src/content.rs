@@ -2,17 +2,23 @@
 
 use std::collections::HashMap;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cvmfs_client::deadline::Deadline;
+use cvmfs_client::authz::{Caller, Credentials};
+use cvmfs_client::deadline::Patience;
 use cvmfs_client::error::ClientError;
-use cvmfs_client::store::{CachedFile, ChunkedFile, ChunkedHandle, ObjectStore};
+use cvmfs_client::store::{Asked, CachedFile, ChunkedFile, ChunkedHandle, Context, ObjectStore};
 use cvmfs_format::catalog::EntryKind;
 use cvmfs_format::{ObjectKind, ObjectName};
 
 use crate::handles::{Handles, Mode, Offer};
 use crate::nodes::Node;
+use crate::profile::{Chosen, Profile};
+
+/// Files kept open for reads that no open preceded (profile `no_open`). Each costs a
+/// descriptor; one that is not kept costs an `open` of the cache file.
+const MAX_UNOPENED: usize = 512;
 
 /// Why content cannot be delivered.
 #[derive(Debug, thiserror::Error)]
@@ -26,7 +32,7 @@ pub(crate) enum ContentError {
     /// The table of open files is full or the kernel refused a backing file.
     #[error("cannot open a handle")]
     Handle(#[source] std::io::Error),
-    /// The row has neither hash nor chunks, or is external.
+    /// The row has neither hash nor chunks, or is no file.
     #[error("{0}")]
     Unsupported(&'static str),
 }
@@ -47,9 +53,15 @@ impl ContentError {
 pub(crate) struct Content {
     store: ObjectStore,
     handles: Handles,
-    passthrough: AtomicBool,
-    /// Content of files open in plain mode, by node.
-    plain: Mutex<HashMap<u64, Arc<Source>>>,
+    chosen: Chosen,
+    /// Where READ requests are answered from, by node.
+    plain: Mutex<Plain>,
+}
+
+#[derive(Debug, Default)]
+struct Plain {
+    sources: HashMap<u64, (Arc<Source>, u64)>,
+    tick: u64,
 }
 
 /// Where READ requests of a node are answered from.
@@ -59,50 +71,48 @@ enum Source {
     Chunked(ChunkedHandle),
 }
 
+/// Who reads, for sites that tell it to their servers, and with which right.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Reader {
+    pub(crate) caller: Option<Caller>,
+    pub(crate) credentials: Option<Arc<Credentials>>,
+}
+
+/// How a file was opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Opened {
+    pub(crate) handle: u64,
+    pub(crate) mode: Mode,
+    /// The publisher asks for reads past the page cache.
+    pub(crate) is_direct: bool,
+}
+
 impl Content {
-    pub(crate) fn new(store: ObjectStore, handles: Handles) -> Content {
-        Content { store, handles, passthrough: AtomicBool::new(false), plain: Mutex::default() }
+    pub(crate) fn new(store: ObjectStore, handles: Handles, chosen: Chosen) -> Content {
+        Content { store, handles, chosen, plain: Mutex::default() }
     }
 
-    /// Tries passthrough with a file of the cache and uses it from now on if it works.
-    /// Also closes backing ids that a killed predecessor left unrecorded.
-    pub(crate) fn probe_passthrough(&self) {
-        match nameless_file(self.store.cache().directory()).and_then(|file| self.handles.sweep(&file)) {
-            Ok(()) => self.passthrough.store(true, Ordering::SeqCst),
-            Err(error) => tracing::warn!(
-                %error,
-                "passthrough is not available, reads go through the client; \
-                 it needs Linux 6.9, root in the initial user namespace and a cache on a real file system"
-            ),
+    /// How reads reach the content, and why.
+    pub(crate) fn chosen(&self) -> &Chosen {
+        &self.chosen
+    }
+
+    /// Opens `node` if that needs no fetch.
+    pub(crate) fn open_at_once(&self, node: &Node, unique: u64) -> Option<Result<Opened, ContentError>> {
+        let entry = &node.located.entry;
+        if entry.kind() != EntryKind::File {
+            return Some(Err(ContentError::Unsupported("not a regular file")));
         }
-    }
-
-    /// Whether files are opened by passthrough.
-    pub(crate) fn is_passthrough(&self) -> bool {
-        self.passthrough.load(Ordering::SeqCst)
-    }
-
-    /// Whether `node` can be opened without a fetch.
-    pub(crate) fn is_cached(&self, node: &Node) -> bool {
-        match object_name(node) {
-            // A chunked file is opened without fetching anything.
-            _ if node.located.entry.is_chunked() => true,
-            Some(name) => {
-                let entry = &node.located.entry;
-                self.store.is_cached(&name, entry.compression(), Some(entry.size))
+        if self.is_passthrough()
+            && let Ok((handle, mode)) = self.handles.open(node.id, unique, &Offer::Nothing)
+        {
+            if mode != Mode::Plain {
+                return Some(Ok(Opened { handle, mode, is_direct: false }));
             }
-            None => true,
+            // The source may be gone with a predecessor; the usual way finds it again.
+            self.handles.release(handle);
         }
-    }
-
-    /// Whether a READ needs no fetch.
-    pub(crate) fn is_readable(&self, node: &Node) -> bool {
-        let plain = self.plain.lock().unwrap_or_else(PoisonError::into_inner);
-        match plain.get(&node.id).map(Arc::as_ref) {
-            Some(Source::Whole(_)) => true,
-            Some(Source::Chunked(handle)) => handle.is_complete(),
-            None => false,
-        }
+        self.source_at_once(node).map(|source| self.open_source(node, unique, source?))
     }
 
     /// Opens `node`: the whole content is verified and local before a passthrough is answered.
@@ -110,12 +120,17 @@ impl Content {
         &self,
         node: &Node,
         unique: u64,
-        deadline: Deadline,
-    ) -> Result<(u64, Mode), ContentError> {
+        reader: &Reader,
+        patience: Patience<'_>,
+    ) -> Result<Opened, ContentError> {
         if node.located.entry.kind() != EntryKind::File {
             return Err(ContentError::Unsupported("not a regular file"));
         }
-        let source = self.source(node, deadline)?;
+        let source = self.source(node, reader, patience)?;
+        self.open_source(node, unique, source)
+    }
+
+    fn open_source(&self, node: &Node, unique: u64, source: Source) -> Result<Opened, ContentError> {
         let complete = match &source {
             Source::Whole(_) => None,
             Source::Chunked(handle) => handle.complete_file().map_err(ClientError::from)?,
@@ -137,13 +152,39 @@ impl Content {
             Err(error) => return Err(ContentError::Handle(error)),
         };
         if mode == Mode::Plain {
-            self.plain
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .entry(node.id)
-                .or_insert_with(|| Arc::new(source));
+            self.plain().sources.entry(node.id).or_insert_with(|| (Arc::new(source), 0));
         }
-        Ok((handle, mode))
+        let is_direct = mode == Mode::Plain && node.located.entry.is_direct_io();
+        Ok(Opened { handle, mode, is_direct })
+    }
+
+    /// Reads up to `buffer.len()` bytes if that needs no fetch; fewer only at the end of the file.
+    pub(crate) fn read_at_once(
+        &self,
+        node: &Node,
+        offset: u64,
+        buffer: &mut [u8],
+    ) -> Option<Result<usize, ContentError>> {
+        let known = self.plain().get(node.id);
+        let source = match known {
+            Some(source) => source,
+            None => match self.source_at_once(node)? {
+                Ok(source) => self.keep(node, source),
+                Err(error) => return Some(Err(error)),
+            },
+        };
+        match source.as_ref() {
+            Source::Whole(cached) => {
+                Some(read_fully(&cached.file, buffer, offset).map_err(ContentError::Read))
+            }
+            Source::Chunked(handle) if handle.is_complete() => {
+                let deadline = cvmfs_client::deadline::Deadline::after(std::time::Duration::ZERO);
+                Some(
+                    handle.read_at(buffer, offset, deadline).map_err(|error| ClientError::from(error).into()),
+                )
+            }
+            Source::Chunked(_) => None,
+        }
     }
 
     /// Reads up to `buffer.len()` bytes; fewer only at the end of the file.
@@ -152,34 +193,31 @@ impl Content {
         node: &Node,
         offset: u64,
         buffer: &mut [u8],
-        deadline: Deadline,
+        patience: Patience<'_>,
     ) -> Result<usize, ContentError> {
-        let known = self.plain.lock().unwrap_or_else(PoisonError::into_inner).get(&node.id).cloned();
+        let known = self.plain().get(node.id);
         let source = match known {
             Some(source) => source,
             None => {
-                // Opened by a predecessor of this process.
-                let source = Arc::new(self.source(node, deadline)?);
-                if self.handles.mode(node.id).is_some() {
-                    let mut plain = self.plain.lock().unwrap_or_else(PoisonError::into_inner);
-                    plain.insert(node.id, source.clone());
-                }
-                source
+                let source = self.source(node, &Reader::default(), patience)?;
+                self.keep(node, source)
             }
         };
         match source.as_ref() {
             Source::Whole(cached) => read_fully(&cached.file, buffer, offset).map_err(ContentError::Read),
             Source::Chunked(handle) => {
-                Ok(handle.read_at(buffer, offset, deadline).map_err(ClientError::from)?)
+                Ok(handle.read_at(buffer, offset, patience).map_err(ClientError::from)?)
             }
         }
     }
 
-    /// The last release of a node lets its content go.
-    pub(crate) fn release(&self, node: u64, handle: u64) {
-        if self.handles.release(handle) {
-            self.plain.lock().unwrap_or_else(PoisonError::into_inner).remove(&node);
+    /// Returns whether this was the node's last open: its content is let go then.
+    pub(crate) fn release(&self, node: u64, handle: u64) -> bool {
+        let is_last = self.handles.release(handle);
+        if is_last {
+            self.plain().sources.remove(&node);
         }
+        is_last
     }
 
     /// Files that are open now.
@@ -187,36 +225,101 @@ impl Content {
         self.handles.open_nodes()
     }
 
-    fn source(&self, node: &Node, deadline: Deadline) -> Result<Source, ContentError> {
-        let entry = &node.located.entry;
-        if entry.is_external() {
-            return Err(ContentError::Unsupported("external files are not supported by this version"));
+    fn is_passthrough(&self) -> bool {
+        self.chosen.profile == Profile::Passthrough
+    }
+
+    /// Keeps the source of a file that was opened by a predecessor of this process, or that
+    /// the kernel opened without asking.
+    fn keep(&self, node: &Node, source: Source) -> Arc<Source> {
+        let source = Arc::new(source);
+        let is_unopened = self.chosen.profile == Profile::NoOpen;
+        if is_unopened || self.handles.mode(node.id).is_some() {
+            let mut plain = self.plain();
+            if is_unopened && plain.sources.len() >= MAX_UNOPENED {
+                plain.forget_half();
+            }
+            let tick = plain.next_tick();
+            plain.sources.insert(node.id, (source.clone(), tick));
         }
-        if entry.is_chunked() {
-            let file = ChunkedFile {
-                chunks: node.chunks.clone(),
-                compression: entry.compression(),
-                size: entry.size,
-            };
-            return Ok(Source::Chunked(self.store.chunked(&file).map_err(ClientError::from)?));
+        source
+    }
+
+    /// The content if it can be had without a fetch.
+    fn source_at_once(&self, node: &Node) -> Option<Result<Source, ContentError>> {
+        if node.located.entry.is_chunked() {
+            return Some(Ok(Source::Whole(self.store.cached_chunked(&chunked_file(node))?)));
         }
-        let name = object_name(node).ok_or(ContentError::Unsupported("the catalog names no content"))?;
-        let cached = self
-            .store
-            .object(&name, entry.compression(), Some(entry.size), deadline)
-            .map_err(ClientError::from)?;
+        Some(Ok(Source::Whole(self.store.find(&asked(node, &Reader::default())?)?)))
+    }
+
+    fn source(&self, node: &Node, reader: &Reader, patience: Patience<'_>) -> Result<Source, ContentError> {
+        if node.located.entry.is_chunked() {
+            let handle = self.store.chunked_within(&chunked_file(node), context(node, reader));
+            return Ok(Source::Chunked(handle.map_err(ClientError::from)?));
+        }
+        let asked = asked(node, reader).ok_or(ContentError::Unsupported("the catalog names no content"))?;
+        let cached = self.store.fetch(&asked, patience).map_err(ClientError::from)?;
         Ok(Source::Whole(cached))
+    }
+
+    fn plain(&self) -> MutexGuard<'_, Plain> {
+        self.plain.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Plain {
+    fn get(&mut self, node: u64) -> Option<Arc<Source>> {
+        let tick = self.next_tick();
+        let (source, used) = self.sources.get_mut(&node)?;
+        *used = tick;
+        Some(source.clone())
+    }
+
+    fn next_tick(&mut self) -> u64 {
+        self.tick += 1;
+        self.tick
+    }
+
+    /// Lets the less recently used half go.
+    fn forget_half(&mut self) {
+        let mut used: Vec<u64> = self.sources.values().map(|(_, used)| *used).collect();
+        used.sort_unstable();
+        let limit = used.get(used.len() / 2).copied().unwrap_or_default();
+        self.sources.retain(|_, (_, used)| *used > limit);
     }
 }
 
 /// A file without a name on the file system of `directory`, to try passthrough with.
-fn nameless_file(directory: &std::path::Path) -> std::io::Result<std::fs::File> {
+pub(crate) fn nameless_file(directory: &Path) -> std::io::Result<std::fs::File> {
     use std::os::unix::fs::OpenOptionsExt;
     std::fs::File::options().read(true).write(true).custom_flags(libc::O_TMPFILE).open(directory)
 }
 
-fn object_name(node: &Node) -> Option<ObjectName> {
+/// The object that holds a file's content.
+pub(crate) fn object_name(node: &Node) -> Option<ObjectName> {
     node.located.entry.hash.map(|hash| ObjectName::new(hash, ObjectKind::File))
+}
+
+/// The object of a file that is not chunked.
+fn asked<'a>(node: &'a Node, reader: &'a Reader) -> Option<Asked<'a>> {
+    let entry = &node.located.entry;
+    let asked = Asked::new(object_name(node)?, entry.compression(), Some(entry.size));
+    Some(asked.within(context(node, reader)))
+}
+
+fn context<'a>(node: &'a Node, reader: &'a Reader) -> Context<'a> {
+    Context {
+        path: Some(&node.located.path),
+        is_external: node.located.entry.is_external(),
+        caller: reader.caller,
+        credentials: reader.credentials.as_ref(),
+    }
+}
+
+fn chunked_file(node: &Node) -> ChunkedFile {
+    let entry = &node.located.entry;
+    ChunkedFile { chunks: node.chunks.to_vec(), compression: entry.compression(), size: entry.size }
 }
 
 fn read_fully(file: &std::fs::File, buffer: &mut [u8], offset: u64) -> std::io::Result<usize> {

@@ -10,6 +10,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::protocol::REPEAT_BIT;
 use crate::shared_state::{MAX_OPEN_FILES, SharedState};
 use crate::syscall;
 
@@ -29,6 +30,8 @@ pub(crate) enum Offer<'a> {
     File(&'a File),
     /// Only plain reads.
     PlainOnly,
+    /// Nothing: the node must be open already.
+    Nothing,
 }
 
 /// Table of open files.
@@ -72,7 +75,7 @@ impl Handles {
     /// a fresh id is either recorded or an orphan.
     pub(crate) fn sweep(&self, file: &File) -> io::Result<()> {
         let table = self.lock();
-        let probe = fuser::BackingId::create_raw(&self.device, file)?;
+        let probe = syscall::open_backing(self.device.as_fd(), file.as_fd())?;
         let recorded: std::collections::HashSet<u32> = table
             .nodes
             .values()
@@ -96,7 +99,7 @@ impl Handles {
     /// A repeated request gets the handle that was recorded for it.
     ///
     /// # Errors
-    /// ENFILE if the table is full, or what the kernel says of a backing file.
+    /// ENFILE if the table is full, ENOENT if nothing is offered and the node is not open, or what the kernel says of a backing file.
     pub(crate) fn open(&self, node: u64, unique: u64, offer: &Offer<'_>) -> io::Result<(u64, Mode)> {
         let plain_unique = unique & !REPEAT_BIT;
         let mut table = self.lock();
@@ -119,7 +122,11 @@ impl Handles {
         let mode = match (table.nodes.get(&node), offer) {
             (Some((mode, _)), _) => *mode,
             (None, Offer::PlainOnly) => Mode::Plain,
-            (None, Offer::File(file)) => match fuser::BackingId::create_raw(&self.device, file) {
+            (None, Offer::Nothing) => {
+                table.free.push(slot);
+                return Err(io::Error::from_raw_os_error(libc::ENOENT));
+            }
+            (None, Offer::File(file)) => match syscall::open_backing(self.device.as_fd(), file.as_fd()) {
                 Ok(id) => Mode::Passthrough(id),
                 Err(error) => {
                     table.free.push(slot);
@@ -174,9 +181,6 @@ impl Handles {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
-
-/// The kernel marks a request that it sends again in the top bit of its number.
-pub(crate) const REPEAT_BIT: u64 = 1 << 63;
 
 /// Handle numbers are never 0: directories and stateless opens use that.
 fn handle(slot: u32, generation: u32) -> u64 {

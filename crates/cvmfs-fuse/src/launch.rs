@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 use cvmfs_client::config::{ConfigSources, ProcessSettings};
 use serde::{Deserialize, Serialize};
 
-use crate::control;
+use crate::mount_point::{check, in_words, lazy_unmount, ours_at};
+use crate::{control, users};
 
 /// What to mount, and how. Crosses process boundaries as JSON.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -86,6 +87,9 @@ pub struct Mounted {
     pub supervisor_pid: u32,
     /// Control socket of the worker.
     pub control: PathBuf,
+    /// What the configuration says about the flags of the mount.
+    #[serde(default)]
+    pub flags: MountFlags,
 }
 
 /// Why a mount or unmount failed.
@@ -117,6 +121,17 @@ pub enum MountError {
         /// The time it had.
         timeout: Duration,
     },
+    /// The mount is in use.
+    #[error(
+        "{} is in use {users}; end them, or unmount with --lazy: it disappears now and ends with its last user",
+        mountpoint.display()
+    )]
+    Busy {
+        /// The mount point.
+        mountpoint: PathBuf,
+        /// Who uses it, in words.
+        users: String,
+    },
     /// A system call failed.
     #[error("{what}")]
     System {
@@ -134,21 +149,48 @@ impl MountError {
         match self {
             MountError::Client { exit_code, .. } => *exit_code,
             MountError::Timeout { .. } => 4,
-            MountError::Mountpoint { .. } | MountError::System { .. } => 1,
+            MountError::Mountpoint { .. } | MountError::Busy { .. } | MountError::System { .. } => 1,
         }
     }
 
-    fn system(what: impl Into<String>) -> impl FnOnce(io::Error) -> MountError {
+    pub(crate) fn system(what: impl Into<String>) -> impl FnOnce(io::Error) -> MountError {
         let what = what.into();
         |source| MountError::System { what, source }
     }
+}
+
+/// How a worker wants its repository mounted, and by which settings.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, PartialEq, Eq)]
+pub(crate) struct Prepared {
+    pub(crate) flags: MountFlags,
+    /// All settings in effect. A successor uses them if the configuration cannot be read any more.
+    pub(crate) settings: Vec<(String, String)>,
+}
+
+/// What the configuration says about the flags of a mount.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, PartialEq, Eq)]
+pub struct MountFlags {
+    /// The kernel checks permissions.
+    pub check_permissions: bool,
+    /// Set-uid bits are honoured.
+    pub suid: bool,
+    /// Writable by its flags; writes fail nevertheless.
+    pub writable: bool,
+}
+
+/// What a supervisor tells a new worker, one JSON line.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Assignment {
+    pub(crate) request: MountRequest,
+    /// The settings of its predecessor.
+    pub(crate) last_settings: Option<Vec<(String, String)>>,
 }
 
 /// What supervisor and worker report to the process that started them, one JSON line.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Report {
     /// The worker verified the repository and can serve it.
-    Ready,
+    Ready(Prepared),
     /// The mount answers.
     Mounted(Mounted),
     /// Nothing is mounted.
@@ -191,7 +233,7 @@ pub fn run_directory() -> PathBuf {
 /// See [`MountError`]. On an error nothing is mounted.
 pub fn mount(request: &MountRequest, timeout: Duration) -> Result<Mounted, MountError> {
     let end = Instant::now() + timeout;
-    let mountpoint = check_mountpoint(&request.mountpoint)?;
+    let mountpoint = check(&request.mountpoint)?;
     let request = MountRequest { mountpoint, ..request.clone() };
     create_run_directory()?;
     control::forget_old_logs();
@@ -275,24 +317,6 @@ fn wait_for_root(mounted: &Mounted, end: Instant) -> Result<(), MountError> {
     }
 }
 
-/// The absolute path of a mount point. Its parent is resolved, the mount point itself not touched: it may be a dead
-/// mount.
-pub(crate) fn absolute(given: &Path) -> Result<PathBuf, MountError> {
-    let refuse = |reason: String| MountError::Mountpoint { mountpoint: given.to_owned(), reason };
-    let absolute = std::path::absolute(given).map_err(|error| refuse(error.to_string()))?;
-    let name = absolute.file_name().ok_or_else(|| refuse("cannot mount over this directory".into()))?;
-    let parent = absolute.parent().unwrap_or(Path::new("/"));
-    let parent = parent
-        .canonicalize()
-        .map_err(|error| refuse(format!("{}: {error}; create the mount point first", parent.display())))?;
-    Ok(parent.join(name))
-}
-
-/// Whether anything is mounted exactly here in this mount namespace.
-pub(crate) fn is_mountpoint(path: &Path) -> bool {
-    matches!(mounted_type(path), Ok(Some(_)))
-}
-
 /// Makes a mount that runs already visible in this mount namespace too: the kernel attaches the same connection.
 ///
 /// # Errors
@@ -300,7 +324,7 @@ pub(crate) fn is_mountpoint(path: &Path) -> bool {
 pub(crate) fn attach(running: &Mounted, request: &MountRequest) -> Result<(), MountError> {
     let failed = || MountError::system(format!("cannot attach to the running mount of {}", running.fqrn));
     let device = connection_of(running.supervisor_pid).map_err(failed())?;
-    kernel_mount(device.as_fd(), request).map_err(failed())
+    kernel_mount(device.as_fd(), request, running.flags).map_err(failed())
 }
 
 /// A duplicate of the descriptor by which a supervisor holds its connection.
@@ -317,46 +341,34 @@ fn connection_of(supervisor: u32) -> io::Result<OwnedFd> {
     Ok(pidfd_getfd(process, number, PidfdGetfdFlags::empty())?)
 }
 
-/// Mounts the connection behind `device` as the request says.
-pub(crate) fn kernel_mount(device: BorrowedFd<'_>, request: &MountRequest) -> io::Result<()> {
-    let mut flags = libc::MS_RDONLY;
+/// Mounts the connection behind `device` as request and configuration say.
+pub(crate) fn kernel_mount(
+    device: BorrowedFd<'_>,
+    request: &MountRequest,
+    configured: MountFlags,
+) -> io::Result<()> {
+    let mut flags = 0;
+    if !configured.writable {
+        flags |= libc::MS_RDONLY;
+    }
     if !request.suid_and_devices {
-        flags |= libc::MS_NOSUID | libc::MS_NODEV;
+        flags |= libc::MS_NODEV;
+    }
+    if !request.suid_and_devices && !configured.suid {
+        flags |= libc::MS_NOSUID;
     }
     let mut options = format!(
-        "rootmode=40000,user_id={},group_id={},default_permissions",
+        "rootmode=40000,user_id={},group_id={}",
         rustix::process::geteuid().as_raw(),
         rustix::process::getegid().as_raw()
     );
+    if configured.check_permissions {
+        options.push_str(",default_permissions");
+    }
     if request.allow_other {
         options.push_str(",allow_other");
     }
     crate::syscall::mount_fuse(device, &request.fqrn, &request.mountpoint, flags, &options)
-}
-
-fn check_mountpoint(given: &Path) -> Result<PathBuf, MountError> {
-    let refuse = |reason: String| MountError::Mountpoint { mountpoint: given.to_owned(), reason };
-    let mountpoint = absolute(given)?;
-    match mounted_type(&mountpoint).map_err(|error| refuse(format!("cannot read mountinfo: {error}")))? {
-        Some(kind) if kind == FILE_SYSTEM_TYPE => {
-            if is_alive(&mountpoint) {
-                return Err(refuse("a repository is mounted here already".into()));
-            }
-            // Ours and dead: the processes are gone, users of it have errors anyway.
-            lazy_unmount(&mountpoint)
-                .map_err(|error| refuse(format!("a dead mount lies here and cannot be removed: {error}")))?;
-        }
-        Some(kind) => {
-            return Err(refuse(format!("a {kind} file system is mounted here; choose another directory")));
-        }
-        None => {}
-    }
-    let metadata = fs::metadata(&mountpoint)
-        .map_err(|error| refuse(format!("{error}; create the mount point first")))?;
-    if !metadata.is_dir() {
-        return Err(refuse("not a directory".into()));
-    }
-    Ok(mountpoint)
 }
 
 /// Creates the run directory, private to its owner.
@@ -381,26 +393,25 @@ pub(crate) fn create_run_directory() -> Result<(), MountError> {
 /// # Errors
 /// If nothing of ours is mounted there or the kernel refuses.
 pub fn unmount(mountpoint: &Path) -> Result<(), MountError> {
-    let refuse =
-        |reason: &str| MountError::Mountpoint { mountpoint: mountpoint.to_owned(), reason: reason.into() };
-    let absolute = std::path::absolute(mountpoint).map_err(|_| refuse("not a path"))?;
-    let parent = absolute.parent().and_then(|parent| parent.canonicalize().ok());
-    let target = match (parent, absolute.file_name()) {
-        (Some(parent), Some(name)) => parent.join(name),
-        _ => absolute,
-    };
-    match mounted_type(&target).map_err(MountError::system("cannot read mountinfo"))? {
-        Some(kind) if kind == FILE_SYSTEM_TYPE => {}
-        Some(_) => return Err(refuse("the file system mounted here is not CernVM-FS")),
-        None => return Err(refuse("nothing is mounted here")),
-    }
+    let (target, _) = ours_at(mountpoint)?;
     lazy_unmount(&target).map_err(MountError::system(format!("cannot unmount {}", target.display())))
 }
 
-pub(crate) fn lazy_unmount(mountpoint: &Path) -> io::Result<()> {
+/// Unmounts if nobody uses the mount.
+///
+/// # Errors
+/// [`MountError::Busy`] with the processes that use it; else as [`unmount`].
+pub fn unmount_unused(mountpoint: &Path) -> Result<(), MountError> {
     use rustix::mount::UnmountFlags;
-    rustix::mount::unmount(mountpoint, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?;
-    Ok(())
+    let (target, entry) = ours_at(mountpoint)?;
+    match rustix::mount::unmount(&target, UnmountFlags::NOFOLLOW) {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::BUSY) => {
+            let users = users::of(&target, Some(&entry.device));
+            Err(MountError::Busy { mountpoint: target, users: in_words(&users) })
+        }
+        Err(error) => Err(MountError::system(format!("cannot unmount {}", target.display()))(error.into())),
+    }
 }
 
 /// Whether a worker serves this mount point. Asks the control socket, never the mount.
@@ -408,66 +419,4 @@ pub fn is_alive(mountpoint: &Path) -> bool {
     control::records().into_iter().any(|record| {
         record.mountpoint == mountpoint && control::ping(&record.control, Duration::from_secs(2))
     })
-}
-
-/// Type of the topmost file system mounted exactly at `path`.
-pub(crate) fn mounted_type(path: &Path) -> io::Result<Option<String>> {
-    use std::os::unix::ffi::OsStrExt;
-    let text = fs::read("/proc/self/mountinfo")?;
-    let mut found = None;
-    for line in text.split(|byte| *byte == b'\n') {
-        let mut fields = line.split(|byte| *byte == b' ');
-        let Some(place) = fields.nth(4) else { continue };
-        if unescape(place) == path.as_os_str().as_bytes() {
-            let kind = fields.skip_while(|field| *field != b"-").nth(1).unwrap_or_default();
-            found = Some(String::from_utf8_lossy(kind).into_owned());
-        }
-    }
-    Ok(found)
-}
-
-/// mountinfo writes blanks, tabs, newlines and backslashes as three octal digits.
-pub(crate) fn unescape(field: &[u8]) -> Vec<u8> {
-    let mut plain = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((first, tail)) = rest.split_first() {
-        let octal = tail.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
-        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(byte) if *first == b'\\' => {
-                plain.push(byte);
-                rest = &tail[3..];
-            }
-            _ => {
-                plain.push(*first);
-                rest = tail;
-            }
-        }
-    }
-    plain
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn mount_points_with_blanks_are_found() {
-        assert_eq!(unescape(b"/a\\040b\\134c"), b"/a b\\c");
-        assert_eq!(unescape(b"/plain"), b"/plain");
-        assert_eq!(mounted_type(Path::new("/proc")).unwrap().as_deref(), Some("proc"));
-        assert_eq!(mounted_type(Path::new("/nonexistent/x")).unwrap(), None);
-    }
-
-    #[test]
-    fn another_file_system_is_neither_mounted_over_nor_unmounted() {
-        let error = check_mountpoint(Path::new("/proc")).unwrap_err();
-        assert!(error.to_string().contains("proc file system is mounted here"), "{error}");
-        assert!(unmount(Path::new("/proc")).unwrap_err().to_string().contains("not CernVM-FS"));
-    }
-
-    #[test]
-    fn a_missing_mount_point_is_named() {
-        let error = check_mountpoint(Path::new("/tmp/no/such/place")).unwrap_err();
-        assert!(error.to_string().contains("/tmp/no/such"), "{error}");
-    }
 }

@@ -6,6 +6,7 @@
 //! the kernel; when it dies the supervisor starts another one and asks the kernel to
 //! send the requests in flight again. For this to work
 //!
+//! * the connection is agreed upon once and recorded; nobody answers INIT again,
 //! * node ids follow from the catalogs alone ([`nodes`]) and are never counted,
 //! * open handles and backing ids live in a small table shared by successive workers
 //!   ([`shared_state`]), not in the worker.
@@ -13,12 +14,15 @@
 //! Other programs use [`mount()`], [`unmount`], [`is_alive`], [`status`] and [`refresh`];
 //! every binary that mounts calls [`internal_main`] first.
 
-pub mod attributes;
+mod attributes;
 pub mod cli;
 mod content;
 pub mod control;
+mod dispatch;
 mod filesystem;
 mod handles;
+mod in_flight;
+mod invalidation;
 mod launch;
 pub mod layer_view;
 mod logging;
@@ -26,19 +30,32 @@ mod magic;
 pub mod metrics;
 mod mount_helper;
 mod mount_options;
+mod mount_point;
+mod mount_table;
 pub mod nodes;
 mod process;
+mod profile;
+mod protocol;
+mod session;
 mod shared_state;
 mod slow_lane;
+mod statistics;
 mod supervisor;
 mod syscall;
+mod test_fault;
+mod users;
 mod view;
+mod watchdog;
 mod worker;
 
 use std::process::ExitCode;
 
 pub use control::{Status, refresh, status};
-pub use launch::{MountError, MountRequest, Mounted, is_alive, mount, run_directory, unmount};
+pub use launch::{
+    MountError, MountFlags, MountRequest, Mounted, is_alive, mount, run_directory, unmount, unmount_unused,
+};
+pub use profile::Profile;
+pub use statistics::{CallStatistics, LATENCY_CLASSES};
 
 /// First argument of a re-executed binary that shall act as supervisor.
 pub(crate) const SUPERVISOR_ROLE: &str = "--cvmfs-supervisor";

@@ -78,11 +78,10 @@ fn main_layer(request: &MountRequest) -> io::Result<BoxedLayer> {
     })
 }
 
-/// Libraries say little and only when it matters; fuser warns about every request that is meant to be answered with
-/// ENOSYS.
+/// Libraries say little and only when it matters.
 fn quiet(level: &str) -> String {
     format!(
-        "fuser=error,hyper=warn,hyper_util=warn,reqwest=warn,rustls=warn,h2=warn,hickory_resolver=warn,hickory_proto=warn,hickory_net=warn,{level}"
+        "hyper=warn,hyper_util=warn,reqwest=warn,rustls=warn,h2=warn,hickory_resolver=warn,hickory_proto=warn,hickory_net=warn,{level}"
     )
 }
 

@@ -1,80 +1,107 @@
 //! Extended attributes: those stored in the catalog, those of the layer view, and the
 //! magic ones that describe client and entry (repository format §13).
 
-use std::fmt::Write;
+mod values;
 
+use cvmfs_client::config::XattrVisibility;
 use cvmfs_client::deadline::Deadline;
-use cvmfs_format::catalog::{Counters, EntryKind};
+use cvmfs_format::catalog::EntryKind;
 use cvmfs_format::xattr::Xattrs;
 
 use crate::filesystem::Mount;
 use crate::layer_view::OPAQUE_ATTRIBUTES;
 use crate::nodes::{Node, ROOT};
+use crate::protocol::request::Caller;
 use crate::view::ViewError;
 
-/// Which magic attributes `listxattr` shows. Reading one by name works regardless, except
-/// with [`Visibility::Off`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Visibility {
-    /// There are none: in layers an overlay would copy them up with every file.
-    Off,
-    /// On the root directory.
-    RootOnly,
-    /// On no entry.
-    Never,
-    /// On every entry.
-    Always,
-}
-
-/// Larger values are read in pages, `name~N` (repository format §13.2).
+/// Larger values of several lines are read in pages, `name~N` (repository format §13.2).
 const PAGE: usize = 40_000;
 
-/// Magic attributes of every entry.
-const EVERYWHERE: [&str; 17] = [
-    "user.catalog_counters",
-    "user.expires",
-    "user.fqrn",
-    "user.host",
-    "user.nclg",
-    "user.ndownload",
-    "user.nioerr",
-    "user.nopen",
-    "user.pid",
-    "user.proxy",
-    "user.repo_counters",
-    "user.revision",
-    "user.root_hash",
-    "user.rx",
-    "user.tag",
-    "user.uptime",
-    "user.version",
-];
-/// Magic attributes of regular files.
-const OF_FILES: [&str; 5] =
-    ["user.chunk_list", "user.chunks", "user.compression", "user.direct_io", "user.external_file"];
-/// Magic attributes of symbolic links.
-const OF_LINKS: [&str; 2] = ["user.rawlink", "xfsroot.rawlink"];
+/// On which entries a magic attribute is listed and has a value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum On {
+    Any,
+    WithHash,
+    File,
+    ExternalFile,
+    Link,
+    /// Any entry of a repository that not everybody may read.
+    Restricted,
+}
 
-/// The value of an attribute; `None` if the entry does not have it.
+/// All magic attributes, sorted by name.
+const ATTRIBUTES: [(&str, On); 47] = [
+    ("user.authz", On::Restricted),
+    ("user.catalog_counters", On::Any),
+    ("user.chunk_list", On::File),
+    ("user.chunks", On::File),
+    ("user.compression", On::File),
+    ("user.direct_io", On::File),
+    ("user.expires", On::Any),
+    ("user.external_file", On::File),
+    ("user.external_host", On::Any),
+    ("user.external_timeout", On::Any),
+    ("user.external_url", On::ExternalFile),
+    ("user.fqrn", On::Any),
+    ("user.hash", On::WithHash),
+    ("user.hitrate", On::Any),
+    ("user.host", On::Any),
+    ("user.host_list", On::Any),
+    ("user.inode_max", On::Any),
+    ("user.lhash", On::WithHash),
+    ("user.logbuffer", On::Any),
+    ("user.maxfd", On::Any),
+    ("user.ncleanup24", On::Any),
+    ("user.nclg", On::Any),
+    ("user.ndiropen", On::Any),
+    ("user.ndownload", On::Any),
+    ("user.nioerr", On::Any),
+    ("user.nopen", On::Any),
+    ("user.pid", On::Any),
+    ("user.proxy", On::Any),
+    ("user.proxy_list", On::Any),
+    ("user.proxy_list_external", On::Any),
+    ("user.pubkeys", On::Any),
+    ("user.rawlink", On::Link),
+    ("user.repo_counters", On::Any),
+    ("user.repo_metainfo", On::Any),
+    ("user.revision", On::Any),
+    ("user.root_hash", On::Any),
+    ("user.rx", On::Any),
+    ("user.speed", On::Any),
+    ("user.tag", On::Any),
+    ("user.timeout", On::Any),
+    ("user.timeout_direct", On::Any),
+    ("user.timestamp_last_ioerr", On::Any),
+    ("user.uptime", On::Any),
+    ("user.usedfd", On::Any),
+    ("user.useddirp", On::Any),
+    ("user.version", On::Any),
+    ("xfsroot.rawlink", On::Link),
+];
+
+/// The value of an attribute; `None` if the entry does not have it, or the caller may not read it.
 pub(crate) fn get(
     mount: &Mount,
     node: &Node,
     name: &[u8],
+    caller: Caller,
     deadline: Deadline,
 ) -> Result<Option<Vec<u8>>, ViewError> {
     if OPAQUE_ATTRIBUTES.contains(&name) && mount.view.is_opaque(node, deadline)? {
         return Ok(Some(b"y".to_vec()));
     }
-    if mount.options.magic != Visibility::Off
-        && let Ok(name) = std::str::from_utf8(name)
+    if !mount.view.is_layer_view()
+        && let Ok(text) = std::str::from_utf8(name)
     {
-        let (base, page) = match name.split_once('~') {
-            Some((base, page)) => (base, Some(page)),
-            None => (name, None),
-        };
-        if is_magic(base) {
-            let value = magic_value(mount, node, base, deadline)?;
-            return Ok(value.and_then(|value| page_of(value, page)));
+        let request = PageRequest::parse(text);
+        if let Some(on) = kind_of(request.name) {
+            // A magic name hides a stored attribute of that name, also where it does not apply.
+            if !applies(mount, node, on) || !may_read(mount, request.name, caller) {
+                return Ok(None);
+            }
+            let value = values::value(mount, node, request.name, deadline)?;
+            return Ok(value.and_then(|value| request.answer(value)));
         }
     }
     Ok(stored(node).get(name).map(<[u8]>::to_vec))
@@ -82,23 +109,15 @@ pub(crate) fn get(
 
 /// The names of an entry's attributes, each ended by a zero byte.
 pub(crate) fn list(mount: &Mount, node: &Node, deadline: Deadline) -> Result<Vec<u8>, ViewError> {
-    let mut names: Vec<Vec<u8>> = Vec::new();
-    let shown = match mount.options.magic {
-        Visibility::Always => true,
-        Visibility::RootOnly => node.id == ROOT,
-        Visibility::Never | Visibility::Off => false,
+    let is_shown = match mount.settings.magic_xattrs {
+        // In layers an overlay would copy them up with every file.
+        _ if mount.view.is_layer_view() => false,
+        XattrVisibility::Always => true,
+        XattrVisibility::RootOnly => node.id == ROOT,
+        XattrVisibility::Never => false,
     };
-    if shown {
-        names.extend(EVERYWHERE.iter().map(|name| name.as_bytes().to_vec()));
-        match node.located.entry.kind() {
-            EntryKind::File => names.extend(OF_FILES.iter().map(|name| name.as_bytes().to_vec())),
-            EntryKind::Symlink => names.extend(OF_LINKS.iter().map(|name| name.as_bytes().to_vec())),
-            _ => {}
-        }
-        if node.located.entry.hash.is_some() {
-            names.push(b"user.hash".to_vec());
-        }
-    }
+    let shown = ATTRIBUTES.iter().filter(|(_, on)| is_shown && applies(mount, node, *on));
+    let mut names: Vec<Vec<u8>> = shown.map(|(name, _)| name.as_bytes().to_vec()).collect();
     if mount.view.is_opaque(node, deadline)? {
         names.extend(OPAQUE_ATTRIBUTES.iter().map(|name| name.to_vec()));
     }
@@ -115,107 +134,148 @@ pub(crate) fn list(mount: &Mount, node: &Node, deadline: Deadline) -> Result<Vec
     Ok(listed)
 }
 
+/// Whether an attribute can be read without waiting for a download or a whole file.
+pub(crate) fn is_quick(name: &[u8]) -> bool {
+    !["user.lhash", "user.repo_metainfo", "user.pubkeys"].iter().any(|slow| name.starts_with(slow.as_bytes()))
+}
+
+fn kind_of(name: &str) -> Option<On> {
+    ATTRIBUTES.iter().find(|(known, _)| *known == name).map(|(_, on)| *on)
+}
+
+fn applies(mount: &Mount, node: &Node, on: On) -> bool {
+    let entry = &node.located.entry;
+    let is_file = entry.kind() == EntryKind::File;
+    match on {
+        On::Any => true,
+        On::WithHash => is_file && entry.hash.is_some(),
+        On::File => is_file,
+        On::ExternalFile => is_file && entry.is_external(),
+        On::Link => entry.kind() == EntryKind::Symlink,
+        On::Restricted => mount.view.repository().snapshot().requirement().is_some(),
+    }
+}
+
+/// Protected attributes are for processes with a privileged primary group.
+fn may_read(mount: &Mount, name: &str, caller: Caller) -> bool {
+    let settings = &mount.settings;
+    !settings.protected_xattrs.contains(name) || settings.privileged_gids.contains(&caller.gid)
+}
+
 /// The stored attributes. An invalid blob means none, as for the C++ client.
 fn stored(node: &Node) -> Xattrs {
     node.located.entry.xattrs.as_deref().and_then(|blob| Xattrs::parse(blob).ok()).unwrap_or_default()
 }
 
-fn is_magic(name: &str) -> bool {
-    EVERYWHERE.contains(&name) || OF_FILES.contains(&name) || OF_LINKS.contains(&name) || name == "user.hash"
+/// A value, and whether it is given out in pages.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Value {
+    Whole(Vec<u8>),
+    /// Lines; a page ends behind the line with which it has [`PAGE`] bytes.
+    Lines(Vec<u8>),
 }
 
-fn page_of(value: Vec<u8>, page: Option<&str>) -> Option<Vec<u8>> {
-    match page {
-        None => Some(value.into_iter().take(PAGE).collect()),
-        Some("?") => Some(format!("num_pages, {}", value.len().div_ceil(PAGE).max(1)).into_bytes()),
-        Some(number) => {
-            let number: usize = number.parse().ok()?;
-            let first = number.checked_mul(PAGE)?;
-            if first >= value.len().max(1) {
-                return None;
+impl Value {
+    fn pages(self) -> Vec<Vec<u8>> {
+        let text = match self {
+            Value::Whole(text) => return vec![text],
+            Value::Lines(text) => text,
+        };
+        let mut pages = vec![Vec::new()];
+        for line in text.split_inclusive(|byte| *byte == b'\n') {
+            match pages.last_mut() {
+                Some(page) if page.len() < PAGE => page.extend_from_slice(line),
+                _ => pages.push(line.to_vec()),
             }
-            Some(value.into_iter().skip(first).take(PAGE).collect())
         }
+        pages
     }
 }
 
-fn magic_value(
-    mount: &Mount,
-    node: &Node,
-    name: &str,
-    deadline: Deadline,
-) -> Result<Option<Vec<u8>>, ViewError> {
-    let repository = mount.view.repository();
-    let snapshot = repository.snapshot();
-    let pin = snapshot.pinned();
-    let entry = &node.located.entry;
-    let is_file = entry.kind() == EntryKind::File;
-    let network = repository.store().status();
-    let traffic = repository.store().counters();
-    let text = match name {
-        "user.fqrn" => snapshot.fqrn().to_owned(),
-        "user.revision" => pin.revision.to_string(),
-        "user.root_hash" => pin.root_hash.to_string(),
-        "user.tag" => String::new(),
-        "user.expires" => (repository.ttl().as_secs() / 60).to_string(),
-        "user.version" => concat!(env!("CARGO_PKG_VERSION"), ".0").to_owned(),
-        "user.pid" => std::process::id().to_string(),
-        "user.uptime" => (mount.started.elapsed().as_secs() / 60).to_string(),
-        "user.host" => network.host,
-        "user.proxy" => network.proxy,
-        "user.nclg" => snapshot.attached().len().to_string(),
-        "user.nopen" => mount.content.open_files().to_string(),
-        "user.ndownload" => traffic.requests.to_string(),
-        "user.rx" => (traffic.bytes_fetched / 1024).to_string(),
-        "user.nioerr" => mount.io_errors.load(std::sync::atomic::Ordering::Relaxed).to_string(),
-        "user.repo_counters" => counter_lines(&snapshot.counters(deadline)?),
-        "user.catalog_counters" => {
-            let catalog = &node.located.catalog;
-            format!(
-                "catalog_hash: {}\ncatalog_mountpoint: {}\n{}",
-                catalog.hash(),
-                String::from_utf8_lossy(catalog.mountpoint()),
-                counter_lines(&snapshot.catalog_counters(&node.located, deadline)?)
-            )
-        }
-        "user.hash" => match entry.hash {
-            Some(hash) if is_file => hash.to_string(),
-            _ => return Ok(None),
-        },
-        "user.rawlink" | "xfsroot.rawlink" if entry.kind() == EntryKind::Symlink => {
-            return Ok(Some(entry.symlink.clone()));
-        }
-        "user.chunks" if is_file => node.chunks.len().max(1).to_string(),
-        "user.chunk_list" if is_file => chunk_list(node),
-        "user.compression" if is_file => entry.compression().name().to_owned(),
-        "user.direct_io" if is_file => u8::from(entry.is_direct_io()).to_string(),
-        "user.external_file" if is_file => u8::from(entry.is_external()).to_string(),
-        _ => return Ok(None),
-    };
-    Ok(Some(text.into_bytes()))
+/// An attribute's name with the page that is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct PageRequest<'a> {
+    name: &'a str,
+    page: Option<&'a str>,
+    /// For people: with a comment, and help instead of an error.
+    is_human: bool,
 }
 
-fn chunk_list(node: &Node) -> String {
-    let mut text = String::from("hash,offset,size\n");
-    let entry = &node.located.entry;
-    if node.chunks.is_empty()
-        && let Some(hash) = entry.hash
-    {
-        let _ = writeln!(text, "{hash},0,{}", entry.size);
+impl<'a> PageRequest<'a> {
+    fn parse(text: &'a str) -> PageRequest<'a> {
+        match text.find(['~', '@']) {
+            Some(at) => PageRequest {
+                name: &text[..at],
+                page: text.get(at + 1..),
+                is_human: text[at..].starts_with('@'),
+            },
+            None => PageRequest { name: text, page: None, is_human: false },
+        }
     }
-    for chunk in &node.chunks {
-        let _ = writeln!(text, "{},{},{}", chunk.hash, chunk.offset, chunk.size);
+
+    fn answer(&self, value: Value) -> Option<Vec<u8>> {
+        let pages = value.pages();
+        let count = pages.len();
+        let number = match self.page {
+            None => 0,
+            Some("?") if self.is_human => return Some(self.help(count)),
+            Some("?") => return Some(format!("num_pages, {count}").into_bytes()),
+            Some(number) => number.parse::<usize>().ok()?,
+        };
+        let Some(page) = pages.into_iter().nth(number) else {
+            return self.is_human.then(|| self.help(count));
+        };
+        if !self.is_human {
+            return Some(page);
+        }
+        let comment = format!("# page {number} of {count}, counted from 0\n").into_bytes();
+        Some([comment, page].concat())
     }
-    text
+
+    fn help(&self, count: usize) -> Vec<u8> {
+        let name = self.name;
+        format!(
+            "# {name} has {count} pages, counted from 0: {name}@N is page N with a comment, {name}~N without, \
+             {name}~? tells their number\n"
+        )
+        .into_bytes()
+    }
 }
 
-fn counter_lines(counters: &Counters) -> String {
-    let mut text = String::new();
-    for (name, value) in counters.own.iter() {
-        let _ = writeln!(text, "self_{name},{value}");
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(name: &str, value: Value) -> Option<String> {
+        PageRequest::parse(name).answer(value).map(|bytes| String::from_utf8(bytes).unwrap())
     }
-    for (name, value) in counters.subtree.iter() {
-        let _ = writeln!(text, "subtree_{name},{value}");
+
+    #[test]
+    fn a_small_value_is_one_page_under_every_name() {
+        let value = || Value::Whole(b"abc".to_vec());
+        assert_eq!(answer("user.x", value()).unwrap(), "abc");
+        assert_eq!(answer("user.x~0", value()).unwrap(), "abc");
+        assert_eq!(answer("user.x~?", value()).unwrap(), "num_pages, 1");
+        assert_eq!(answer("user.x~1", value()), None);
+        assert_eq!(answer("user.x~a", value()), None);
+        assert!(answer("user.x@0", value()).unwrap().ends_with("\nabc"));
+        assert!(answer("user.x@7", value()).unwrap().contains("1 pages"));
+        assert!(answer("user.x@?", value()).unwrap().contains("user.x~?"));
+        assert_eq!(answer("user.x@a", value()), None);
     }
-    text
+
+    #[test]
+    fn pages_hold_whole_lines_and_nothing_is_lost() {
+        let lines: String = (0..10_000).map(|number| format!("line {number:05}\n")).collect();
+        let value = || Value::Lines(lines.clone().into_bytes());
+        let count: usize =
+            answer("user.x~?", value()).unwrap().strip_prefix("num_pages, ").unwrap().parse().unwrap();
+        assert_eq!(count, lines.len().div_ceil(PAGE + 8));
+        let pages: Vec<String> =
+            (0..count).map(|page| answer(&format!("user.x~{page}"), value()).unwrap()).collect();
+        assert_eq!(pages.concat(), lines);
+        assert!(pages.iter().all(|page| page.ends_with('\n')));
+        assert!(pages[0].len() >= PAGE && pages[0].len() < PAGE + 20);
+        assert_eq!(answer("user.x", value()).unwrap(), pages[0], "no page means the first");
+    }
 }

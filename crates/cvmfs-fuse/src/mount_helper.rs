@@ -20,6 +20,7 @@ use crate::control;
 use crate::launch::{self, MountError, MountRequest, Mounted};
 use crate::logging::redaction::redacted;
 use crate::mount_options::MountOptions;
+use crate::mount_point;
 
 /// Exit code for what is wrong before the client is started.
 const REFUSED: u8 = 1;
@@ -199,7 +200,7 @@ fn run(arguments: &[OsString], configuration: &Path, timeout: Duration) -> Resul
     match running.iter().find(|record| record.mountpoint == request.mountpoint) {
         Some(_) if options.remount => return Ok(String::new()),
         // Alive, and not mounted here: another mount namespace has it.
-        Some(record) if !launch::is_mountpoint(&request.mountpoint) => {
+        Some(record) if !mount_point::is_mountpoint(&request.mountpoint) => {
             launch::attach(record, &request)?;
             return Ok(String::new());
         }
@@ -229,7 +230,7 @@ fn request(
     config: &Config,
 ) -> Result<MountRequest, HelperError> {
     let fqrn = config.fqrn().to_owned();
-    let mountpoint = launch::absolute(&arguments.mountpoint)?;
+    let mountpoint = mount_point::absolute(&arguments.mountpoint)?;
     Ok(MountRequest {
         log_file: Some(control::log_path(&fqrn, &mountpoint)),
         fqrn,

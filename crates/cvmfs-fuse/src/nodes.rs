@@ -1,6 +1,6 @@
 //! Node ids that follow from the catalogs.
 //!
-//! A node id is the upper 48 bits of the path's MD5 and 16 bits that tell versions of
+//! A node id is the upper 32 bits of the path's MD5 and 32 bits that tell versions of
 //! the entry apart. So
 //!
 //! * an entry that a new revision leaves alone keeps its id, even if its catalog was
@@ -14,24 +14,27 @@
 //! entries) are detected as long as the first is remembered, and answered with EIO.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cvmfs_client::snapshot::Located;
 use cvmfs_format::PathHash;
-use cvmfs_format::catalog::{Chunk, Entry};
+use cvmfs_format::catalog::{self, Chunk};
+
+use crate::protocol::attributes::Attributes;
 
 /// The root directory's node id is fixed by the kernel.
 pub const ROOT: u64 = 1;
 
-/// Remembered nodes per generation, two generations (about 400 bytes each): an upper
-/// bound of some 50 MiB. A forgotten node costs a range query.
-const REMEMBERED: usize = 1 << 16;
+/// Remembered nodes per generation, two generations (about 450 bytes each): an upper
+/// bound of some 30 MiB. A forgotten node costs a range query.
+const REMEMBERED: usize = 1 << 15;
 
 /// The node id of an entry; see the module documentation. A chunked file has no hash of its
 /// own, so its chunks are needed to tell its versions apart.
-pub fn node_id(entry: &Entry, chunks: &[Chunk]) -> u64 {
-    if entry.path_hash == PathHash::of(b"") {
-        return ROOT;
+pub fn node_id(entry: &catalog::Entry, chunks: &[Chunk]) -> u64 {
+    if entry.is_directory() {
+        return directory_id(entry.path_hash);
     }
     let path = entry.path_hash.part1 as u64 & !VERSION_MASK;
     let id = path | (version(entry, chunks) & VERSION_MASK);
@@ -39,7 +42,24 @@ pub fn node_id(entry: &Entry, chunks: &[Chunk]) -> u64 {
     if id <= ROOT { id ^ 0x8000 } else { id }
 }
 
-const VERSION_MASK: u64 = 0xffff;
+/// The node id of the directory whose path has this hash.
+pub fn directory_id(path: PathHash) -> u64 {
+    if path == PathHash::of(b"") {
+        return ROOT;
+    }
+    let id = path.part1 as u64 & !VERSION_MASK | (directory_version(path) & VERSION_MASK);
+    if id <= ROOT { id ^ 0x8000 } else { id }
+}
+
+/// Half of the id: two versions of a file must not be taken for one another (a chance of
+/// 2⁻³² for each file that changes), and a range of paths still holds a row or two.
+const VERSION_MASK: u64 = 0xffff_ffff;
+
+/// A directory has one version as long as its path exists.
+fn directory_version(path: PathHash) -> u64 {
+    let mixed = (path.part2 as u64 ^ 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+    mixed >> 32
+}
 
 /// Bounds of the first path hash half among which the entry of `id` is found.
 pub fn path_hash_range(id: u64) -> (i64, i64) {
@@ -47,26 +67,22 @@ pub fn path_hash_range(id: u64) -> (i64, i64) {
 }
 
 /// Mixes what makes one version of an entry different from another.
-fn version(entry: &Entry, chunks: &[Chunk]) -> u64 {
+fn version(entry: &catalog::Entry, chunks: &[Chunk]) -> u64 {
     let mut mixed = entry.path_hash.part2 as u64;
     let mut mix = |value: u64| {
         // Multiply and rotate: fast, and every input bit reaches the upper half.
         mixed = (mixed ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
     };
-    mix(1);
-    if !entry.is_directory() {
-        mix(entry.size);
-        mix(u64::from(entry.mode));
-        mix(entry.mtime as u64);
-        mix(u64::from(entry.mtime_ns.unwrap_or(0)));
-        mix(u64::from(entry.uid) << 32 | u64::from(entry.gid));
-        mix(u64::from(entry.flags.0));
-        for hash in entry.hash.iter().chain(chunks.iter().map(|chunk| &chunk.hash)) {
-            for part in hash.digest.chunks(8) {
-                mix(part.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)));
-            }
-        }
-        for part in entry.symlink.chunks(8) {
+    mix(entry.size);
+    mix(u64::from(entry.mode));
+    mix(entry.mtime as u64);
+    mix(u64::from(entry.mtime_ns.unwrap_or(0)));
+    mix(u64::from(entry.uid) << 32 | u64::from(entry.gid));
+    mix(u64::from(entry.flags.0));
+    let digests =
+        entry.hash.iter().chain(chunks.iter().map(|chunk| &chunk.hash)).map(|hash| &hash.digest[..]);
+    for bytes in digests.chain([&entry.symlink[..], entry.xattrs.as_deref().unwrap_or_default()]) {
+        for part in bytes.chunks(8) {
             mix(part.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)));
         }
     }
@@ -81,7 +97,9 @@ pub struct Node {
     /// Row, path and catalog, after the layer view.
     pub located: Located,
     /// The chunks of a chunked file; empty for everything else.
-    pub chunks: Vec<Chunk>,
+    pub chunks: Box<[Chunk]>,
+    /// What `stat` shows.
+    pub(crate) attributes: Attributes,
 }
 
 /// Recently used nodes by id. Bounded; forgetting one is harmless.
@@ -92,8 +110,32 @@ pub struct NodeTable {
 
 #[derive(Debug, Default)]
 struct Generations {
-    young: HashMap<u64, Arc<Node>>,
-    old: HashMap<u64, Arc<Node>>,
+    young: HashMap<u64, Arc<Node>, BuildHasherDefault<Same>>,
+    old: HashMap<u64, Arc<Node>, BuildHasherDefault<Same>>,
+    /// Nodes of open files, which are not forgotten: after an update nothing else may know them.
+    held: HashMap<u64, Arc<Node>, BuildHasherDefault<Same>>,
+}
+
+/// Node ids are parts of hashes already.
+#[derive(Debug, Default)]
+struct Same(u64);
+
+impl Hasher for Same {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
+        }
+    }
+
+    fn write_u64(&mut self, id: u64) {
+        // The table takes its index from the low end and a tag from the high end; ids of
+        // one directory tree differ in all bits.
+        self.0 = id;
+    }
 }
 
 /// Two different entries have the same node id.
@@ -107,9 +149,23 @@ impl NodeTable {
         if let Some(node) = generations.young.get(&id) {
             return Some(node.clone());
         }
-        let node = generations.old.remove(&id)?;
+        let node = match generations.old.remove(&id) {
+            Some(node) => node,
+            None => generations.held.get(&id)?.clone(),
+        };
         generations.keep(node.clone());
         Some(node)
+    }
+
+    /// Keeps the node of a file that is open, until [`NodeTable::release`].
+    pub fn hold(&self, node: &Arc<Node>) {
+        let mut generations = self.generations.lock().unwrap_or_else(PoisonError::into_inner);
+        generations.held.entry(node.id).or_insert_with(|| node.clone());
+    }
+
+    /// The last open file of the node was closed.
+    pub fn release(&self, id: u64) {
+        self.generations.lock().unwrap_or_else(PoisonError::into_inner).held.remove(&id);
     }
 
     /// Remembers a node.
@@ -129,10 +185,11 @@ impl NodeTable {
         Ok(node)
     }
 
-    /// Forgets everything: the revision changed.
+    /// Forgets everything but the nodes of open files: the revision changed.
     pub fn clear(&self) {
         let mut generations = self.generations.lock().unwrap_or_else(PoisonError::into_inner);
-        *generations = Generations::default();
+        let held = std::mem::take(&mut generations.held);
+        *generations = Generations { held, ..Generations::default() };
     }
 }
 
@@ -147,7 +204,7 @@ impl Generations {
 
 #[cfg(test)]
 mod tests {
-    use cvmfs_format::catalog::EntryFlags;
+    use cvmfs_format::catalog::{Entry, EntryFlags};
 
     use super::*;
 
@@ -177,6 +234,7 @@ mod tests {
         let file = entry(b"/a/x", 0o100_644, 5);
         assert_eq!(node_id(&file, &[]), node_id(&Entry { rowid: 99, ..file.clone() }, &[]));
         assert_ne!(node_id(&file, &[]), node_id(&Entry { mtime: 6, ..file.clone() }, &[]));
+        assert_ne!(node_id(&file, &[]), node_id(&Entry { xattrs: Some(vec![1]), ..file.clone() }, &[]));
         let directory = entry(b"/a/d", 0o040_755, 5);
         assert_eq!(node_id(&directory, &[]), node_id(&Entry { mtime: 6, size: 1, ..directory.clone() }, &[]));
     }
@@ -193,5 +251,16 @@ mod tests {
     #[test]
     fn the_root_directory_is_node_one() {
         assert_eq!(node_id(&entry(b"", 0o040_755, 0), &[]), ROOT);
+        let directory = entry(b"/a/d", 0o040_755, 0);
+        assert_eq!(node_id(&directory, &[]), directory_id(PathHash::of(b"/a/d")));
+    }
+
+    #[test]
+    fn hundred_thousand_versions_of_a_file_are_as_many_nodes() {
+        let file = entry(b"/a/x", 0o100_644, 0);
+        let versions = (0..100_000).map(|mtime| node_id(&Entry { mtime, ..file.clone() }, &[]));
+        let different: std::collections::HashSet<u64> = versions.collect();
+        // Two that meet are expected once in 2³² pairs of 5·10⁹.
+        assert!(different.len() > 99_990, "{}", different.len());
     }
 }

@@ -1,21 +1,24 @@
 //! What successive workers of one mount share: the negotiated connection, the pinned
-//! revision, the attached catalogs and the table of open files.
+//! revision, the attached catalogs, the table of open files, and what each thread is at.
 //!
 //! It lives in a memory file that the supervisor holds. Every change is made so that a
 //! worker killed at any instruction leaves a table its successor can use: records are
 //! written first and made valid by one atomic store.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
 use cvmfs_client::snapshot::Pin;
 use cvmfs_format::{ContentHash, HashAlgorithm};
 
+use crate::protocol::REPEAT_BIT;
 use crate::syscall::SharedWords;
 
 /// Changes with the layout below, so that a worker of another program version notices.
-const LAYOUT_VERSION: u64 = 0x6376_6d66_7300_0001;
+const LAYOUT_VERSION: u64 = 0x6376_6d66_7300_0002;
 
 /// INIT is 104 bytes today and its reply 80; a page half leaves room for newer kernels.
 const MAX_INIT_BYTES: usize = 1024;
@@ -28,6 +31,14 @@ pub(crate) const MAX_OPEN_FILES: usize = 1 << 18;
 /// Room to remember attached catalogs for a successor (about 40,000 of them).
 const CATALOG_LOG_WORDS: usize = 1 << 19;
 
+/// Threads of a worker that answer requests: those that read the device and those that wait
+/// for the network.
+pub(crate) const LANES: usize = 128;
+
+/// Requests remembered that were being answered when a worker died. More than a worker has
+/// threads, several times over; the oldest make room.
+const SUSPECTS: usize = 512;
+
 const VERSION: usize = 0;
 const INIT_LENGTH: usize = 1;
 const REPLY_LENGTH: usize = 2;
@@ -35,17 +46,26 @@ const ANSWERED: usize = 3;
 const SWEPT_BACKING: usize = 4;
 const WORKERS: usize = 5;
 const REPEATED: usize = 6;
-const PIN_SELECTOR: usize = 7;
+const PINS_RECORDED: usize = 7;
 const CATALOG_LOG_USED: usize = 8;
 const SLOTS_USED: usize = 9;
+const HEARTBEAT: usize = 10;
+const PROFILE: usize = 11;
+const SUSPECTS_USED: usize = 12;
 const PINS: usize = 16;
 const PIN_WORDS: usize = 8;
+/// Revisions that are remembered, the newest and those of files that are still open.
+const PIN_PLACES: usize = 6;
 const INIT: usize = 64;
 const REPLY: usize = INIT + MAX_INIT_BYTES / 8;
 const CATALOG_LOG: usize = 512;
 const SLOTS: usize = CATALOG_LOG + CATALOG_LOG_WORDS;
 const SLOT_WORDS: usize = 4;
-const WORDS: usize = SLOTS + MAX_OPEN_FILES * SLOT_WORDS;
+const LANE_TABLE: usize = SLOTS + MAX_OPEN_FILES * SLOT_WORDS;
+const LANE_WORDS: usize = 4;
+const SUSPECT_TABLE: usize = LANE_TABLE + LANES * LANE_WORDS;
+const SUSPECT_WORDS: usize = 2;
+const WORDS: usize = SUSPECT_TABLE + SUSPECTS * SUSPECT_WORDS;
 
 /// The shared table. See the module documentation.
 #[derive(Debug)]
@@ -64,6 +84,27 @@ pub(crate) struct OpenSlot {
     pub(crate) backing: u32,
     /// Distinguishes successive uses of the slot.
     pub(crate) generation: u32,
+}
+
+/// A request that a thread is at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Occupied {
+    /// Number of the thread's lane.
+    pub(crate) lane: usize,
+    /// The kernel's number of the request, without the repeat bit.
+    pub(crate) unique: u64,
+    /// What is asked, see `protocol::request::opcode`.
+    pub(crate) opcode: u32,
+    /// The node it is about.
+    pub(crate) node: u64,
+    /// When the thread began, in milliseconds of the monotonic clock.
+    pub(crate) since: u64,
+}
+
+/// Milliseconds of the monotonic clock, which all processes of the machine share.
+pub(crate) fn now() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    time.tv_sec.cast_unsigned() * 1000 + time.tv_nsec.cast_unsigned() / 1_000_000
 }
 
 impl SharedState {
@@ -176,23 +217,32 @@ impl SharedState {
         self.word(SWEPT_BACKING).store(u64::from(id), SeqCst);
     }
 
-    /// Records the revision in use. Two places alternate, so that a reader never sees half of one.
+    /// Records the revision in use. Places are used in turn, so that a reader never sees half of one.
     pub(crate) fn record_pin(&self, pin: &Pin) {
-        let next = if self.word(PIN_SELECTOR).load(SeqCst) == 1 { 2 } else { 1 };
-        let at = PINS + (next as usize - 1) * PIN_WORDS;
+        let recorded = self.word(PINS_RECORDED).load(SeqCst);
+        let at = PINS + recorded as usize % PIN_PLACES * PIN_WORDS;
         self.store_hash(at, &pin.root_hash);
         self.word(at + 4).store(pin.root_size, SeqCst);
         self.word(at + 5).store(pin.revision, SeqCst);
         self.word(at + 6).store(pin.timestamp, SeqCst);
-        self.word(PIN_SELECTOR).store(next, SeqCst);
+        self.word(PINS_RECORDED).store(recorded + 1, SeqCst);
     }
 
     /// The recorded revision, if there is one.
     pub(crate) fn pin(&self) -> Option<Pin> {
-        let at = match self.word(PIN_SELECTOR).load(SeqCst) {
-            selector @ (1 | 2) => PINS + (selector as usize - 1) * PIN_WORDS,
-            _ => return None,
-        };
+        self.pins().into_iter().next()
+    }
+
+    /// The recorded revisions, newest first.
+    pub(crate) fn pins(&self) -> Vec<Pin> {
+        let recorded = self.word(PINS_RECORDED).load(SeqCst);
+        // One place fewer than there are: the oldest may be half overwritten.
+        let first = recorded.saturating_sub(PIN_PLACES as u64 - 1);
+        (first..recorded).rev().filter_map(|number| self.pin_at(number as usize % PIN_PLACES)).collect()
+    }
+
+    fn pin_at(&self, place: usize) -> Option<Pin> {
+        let at = PINS + place * PIN_WORDS;
         Some(Pin {
             root_hash: self.load_hash(at)?,
             root_size: self.word(at + 4).load(SeqCst),
@@ -246,6 +296,96 @@ impl SharedState {
             position += needed;
         }
         found
+    }
+
+    /// Notes that the worker's threads run.
+    pub(crate) fn beat(&self) {
+        self.word(HEARTBEAT).store(now(), SeqCst);
+    }
+
+    /// When the worker last noted that it runs; 0 if it never did.
+    pub(crate) fn last_beat(&self) -> u64 {
+        self.word(HEARTBEAT).load(SeqCst)
+    }
+
+    /// Forgets heartbeat and lanes of a worker that is dead.
+    pub(crate) fn clear_worker(&self) {
+        self.word(HEARTBEAT).store(0, SeqCst);
+        for lane in 0..LANES {
+            self.leave(lane);
+        }
+    }
+
+    /// The profile that the first worker chose, as a number; 0 if none did.
+    pub(crate) fn profile(&self) -> u64 {
+        self.word(PROFILE).load(SeqCst)
+    }
+
+    /// Records the profile.
+    pub(crate) fn record_profile(&self, profile: u64) {
+        self.word(PROFILE).store(profile, SeqCst);
+    }
+
+    fn lane_word(&self, lane: usize, field: usize) -> &AtomicU64 {
+        self.word(LANE_TABLE + lane.min(LANES - 1) * LANE_WORDS + field)
+    }
+
+    /// Notes what the thread of a lane is at. The request's number comes last: a reader
+    /// that sees it sees the rest.
+    pub(crate) fn enter(&self, lane: usize, unique: u64, opcode: u32, node: u64) {
+        self.lane_word(lane, 1).store(u64::from(opcode), Relaxed);
+        self.lane_word(lane, 2).store(node, Relaxed);
+        self.lane_word(lane, 3).store(now(), Relaxed);
+        self.lane_word(lane, 0).store(unique & !REPEAT_BIT, Release);
+    }
+
+    /// Notes that the thread of a lane is free.
+    pub(crate) fn leave(&self, lane: usize) {
+        self.lane_word(lane, 0).store(0, Release);
+    }
+
+    /// What all threads are at.
+    pub(crate) fn occupied(&self) -> Vec<Occupied> {
+        let at = |lane| Occupied {
+            lane,
+            unique: self.lane_word(lane, 0).load(Acquire),
+            opcode: self.lane_word(lane, 1).load(Relaxed) as u32,
+            node: self.lane_word(lane, 2).load(Relaxed),
+            since: self.lane_word(lane, 3).load(Relaxed),
+        };
+        (0..LANES).map(at).filter(|occupied| occupied.unique != 0).collect()
+    }
+
+    /// Counts the death of a worker that was at these requests. One that was just handed from
+    /// thread to thread stands in two lanes and counts once.
+    pub(crate) fn suspect(&self, requests: &[Occupied]) {
+        let mut seen = HashSet::new();
+        for request in requests.iter().filter(|request| seen.insert(request.unique)) {
+            let known =
+                (0..SUSPECTS).find(|index| self.suspect_word(*index, 0).load(SeqCst) == request.unique);
+            match known {
+                Some(index) => {
+                    self.suspect_word(index, 1).fetch_add(1, SeqCst);
+                }
+                None => {
+                    let index = self.word(SUSPECTS_USED).fetch_add(1, SeqCst) as usize % SUSPECTS;
+                    self.suspect_word(index, 1).store(1, SeqCst);
+                    self.suspect_word(index, 0).store(request.unique, SeqCst);
+                }
+            }
+        }
+    }
+
+    /// How many workers died while they were at this request.
+    pub(crate) fn deaths_at(&self, unique: u64) -> u64 {
+        let plain = unique & !REPEAT_BIT;
+        (0..SUSPECTS)
+            .find(|index| self.suspect_word(*index, 0).load(SeqCst) == plain)
+            .map_or(0, |index| self.suspect_word(index, 1).load(SeqCst))
+    }
+
+    fn suspect_word(&self, index: usize, field: usize) -> &AtomicU64 {
+        self.word(SUSPECT_TABLE + index * SUSPECT_WORDS + field)
     }
 
     fn slot_word(&self, slot: u32, field: usize) -> &AtomicU64 {
@@ -304,7 +444,9 @@ mod tests {
         let (memory, first) = state();
         let hash = ContentHash::of(HashAlgorithm::Shake128, b"root");
         let pin = Pin { root_hash: hash, root_size: 4096, revision: 7, timestamp: 1_700_000_000 };
-        first.record_pin(&Pin { revision: 6, ..pin });
+        for revision in 1..=6 {
+            first.record_pin(&Pin { revision, ..pin });
+        }
         first.record_pin(&pin);
         first.record_catalog(b"/a/nested", &ContentHash::of(HashAlgorithm::Sha1, b"n"), 123);
         first.record_catalog(b"", &hash, 0);
@@ -314,6 +456,7 @@ mod tests {
 
         let second = SharedState::map(memory.as_fd()).unwrap();
         assert_eq!(second.pin(), Some(pin));
+        assert_eq!(second.pins().iter().map(|pin| pin.revision).collect::<Vec<_>>(), [7, 6, 5, 4, 3]);
         assert_eq!(second.init(), b"init request");
         let catalogs = second.catalogs();
         assert_eq!(catalogs.len(), 2);
@@ -324,6 +467,33 @@ mod tests {
         second.free_slot(5, generation);
         assert_eq!(second.slot(5), None);
         assert_eq!(second.fill_slot(5, 42, 1002, 0), generation + 1);
+    }
+
+    #[test]
+    fn a_request_that_kills_workers_is_counted_and_a_finished_one_is_not() {
+        let (_memory, state) = state();
+        for death in 1..=3 {
+            state.enter(0, 77 | REPEAT_BIT, 14, 5);
+            state.enter(1, 100 + death, 1, 6);
+            state.enter(2, 78, 1, 7);
+            state.leave(2);
+            state.suspect(&state.occupied());
+            state.clear_worker();
+            assert_eq!(state.deaths_at(77 | REPEAT_BIT), death);
+        }
+        state.enter(0, 500, 1, 1);
+        state.enter(3, 500, 1, 1);
+        state.suspect(&state.occupied());
+        state.clear_worker();
+        assert_eq!(state.deaths_at(500), 1, "handed over from one thread to another");
+        assert_eq!(state.deaths_at(78), 0);
+        assert_eq!(state.deaths_at(101), 1);
+        assert!(state.occupied().is_empty());
+        for unique in 1000..3000 {
+            state.enter(0, unique, 1, 1);
+            state.suspect(&state.occupied());
+        }
+        assert_eq!((state.deaths_at(77), state.deaths_at(2999)), (0, 1), "the oldest make room");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 /// Requests waiting for the network at a time. More than the connections to one host, so
 /// that one slow object does not hold up others.
-const MAX_THREADS: usize = 64;
+pub(crate) const MAX_THREADS: usize = 64;
 
 /// Requests that may wait for a thread. The kernel itself allows a mount about as many
 /// foreground requests as there are callers; beyond this they fail instead of piling up.
@@ -18,7 +18,8 @@ const MAX_QUEUED: usize = 16_384;
 /// How long an idle thread stays.
 const IDLE: Duration = Duration::from_secs(20);
 
-type Job = Box<dyn FnOnce() + Send>;
+/// Work, which is told the number of the thread that does it.
+type Job = Box<dyn FnOnce(usize) + Send>;
 
 /// A bounded, elastic pool of threads.
 #[derive(Clone, Default)]
@@ -37,6 +38,10 @@ struct Queue {
     jobs: VecDeque<Job>,
     threads: usize,
     idle: usize,
+    /// Numbers of threads that ended.
+    free: Vec<usize>,
+    /// Threads had numbers below this.
+    numbered: usize,
 }
 
 impl std::fmt::Debug for SlowLane {
@@ -48,7 +53,7 @@ impl std::fmt::Debug for SlowLane {
 impl SlowLane {
     /// Runs `job` on a thread of the pool. Dropped without running, and `false` returned,
     /// if the queue is full; the reply inside then answers EIO.
-    pub(crate) fn run(&self, job: impl FnOnce() + Send + 'static) -> bool {
+    pub(crate) fn run(&self, job: impl FnOnce(usize) + Send + 'static) -> bool {
         let mut queue = self.shared.queue.lock().unwrap_or_else(PoisonError::into_inner);
         if queue.jobs.len() >= MAX_QUEUED {
             drop(queue);
@@ -58,7 +63,14 @@ impl SlowLane {
         queue.jobs.push_back(Box::new(job));
         if queue.idle < queue.jobs.len() && queue.threads < MAX_THREADS {
             let shared = self.shared.clone();
-            let started = std::thread::Builder::new().name("cvmfs-slow".into()).spawn(move || shared.work());
+            let number = queue.free.pop().unwrap_or(queue.numbered);
+            let started =
+                std::thread::Builder::new().name("cvmfs-slow".into()).spawn(move || shared.work(number));
+            if started.is_ok() {
+                queue.numbered = queue.numbered.max(number + 1);
+            } else if number < queue.numbered {
+                queue.free.push(number);
+            }
             match started {
                 Ok(_) => queue.threads += 1,
                 // Without any thread nobody would ever answer.
@@ -77,7 +89,7 @@ impl SlowLane {
 }
 
 impl Shared {
-    fn work(&self) {
+    fn work(&self, number: usize) {
         loop {
             let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
             while queue.jobs.is_empty() {
@@ -88,13 +100,14 @@ impl Shared {
                 queue.idle -= 1;
                 if timeout.timed_out() && queue.jobs.is_empty() {
                     queue.threads -= 1;
+                    queue.free.push(number);
                     return;
                 }
             }
             let job = queue.jobs.pop_front();
             drop(queue);
             if let Some(job) = job
-                && std::panic::catch_unwind(std::panic::AssertUnwindSafe(job)).is_err()
+                && std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(number))).is_err()
             {
                 tracing::error!("a request ended in a panic; it was answered with EIO");
             }
@@ -115,12 +128,12 @@ mod tests {
         let gate = Arc::new(Mutex::new(gate));
         for _ in 0..MAX_THREADS - 1 {
             let gate = gate.clone();
-            assert!(lane.run(move || {
+            assert!(lane.run(move |_| {
                 let _ = gate.lock().unwrap().recv();
             }));
         }
         let (done, finished) = mpsc::channel();
-        assert!(lane.run(move || done.send(()).unwrap()));
+        assert!(lane.run(move |_| done.send(()).unwrap()));
         finished.recv_timeout(Duration::from_secs(10)).expect("a free thread takes the request");
         drop(blocker);
     }
@@ -128,9 +141,9 @@ mod tests {
     #[test]
     fn a_panic_ends_the_request_and_not_the_lane() {
         let lane = SlowLane::default();
-        lane.run(|| panic!("expected by the test"));
+        lane.run(|_| panic!("expected by the test"));
         let (done, finished) = mpsc::channel();
-        lane.run(move || done.send(()).unwrap());
+        lane.run(move |_| done.send(()).unwrap());
         finished.recv_timeout(Duration::from_secs(10)).unwrap();
     }
 }

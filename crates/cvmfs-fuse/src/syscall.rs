@@ -8,6 +8,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::atomic::AtomicU64;
 
+/// `FUSE_DEV_IOC_BACKING_OPEN`, `_IOW(229, 1, struct fuse_backing_map)`.
+const BACKING_OPEN: libc::c_ulong = 0x4010_e501;
 /// `FUSE_DEV_IOC_BACKING_CLOSE`, `_IOW(229, 2, u32)`.
 const BACKING_CLOSE: libc::c_ulong = 0x4004_e502;
 
@@ -55,6 +57,21 @@ pub(crate) fn mount_fuse(
         libc::mount(source.as_ptr(), target.as_ptr(), c"fuse.cvmfs".as_ptr(), flags, data.as_ptr().cast())
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Makes `file` known to the connection behind `device` as a backing file; returns its id.
+pub(crate) fn open_backing(device: BorrowedFd<'_>, file: BorrowedFd<'_>) -> io::Result<u32> {
+    /// `struct fuse_backing_map`.
+    #[repr(C)]
+    struct BackingMap {
+        fd: i32,
+        flags: u32,
+        padding: u64,
+    }
+    let map = BackingMap { fd: file.as_raw_fd(), flags: 0, padding: 0 };
+    // SAFETY: the control reads one such structure from the pointer, which lives through the call.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), BACKING_OPEN, &raw const map) };
+    u32::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
 /// Closes a backing id of the connection behind `device`. Errors mean that the id is gone already.
@@ -159,14 +176,4 @@ impl Drop for SharedWords {
             libc::munmap(self.base.cast_mut().cast(), self.words * 8);
         }
     }
-}
-
-/// Answers an OPEN with passthrough to the backing id `id`, which the handle table owns.
-pub(crate) fn reply_passthrough(reply: fuser::ReplyOpen, handle: u64, id: u32) {
-    use fuser::{FileHandle, FopenFlags};
-    // SAFETY: the id was created on this connection and stays open until the table's last
-    // release of the node closes it; `into_raw` below keeps the wrapper from closing it.
-    let backing = unsafe { reply.wrap_backing(id) };
-    reply.opened_passthrough(FileHandle(handle), FopenFlags::FOPEN_NOFLUSH, &backing);
-    backing.into_raw();
 }

@@ -4,20 +4,23 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use cvmfs_client::deadline::Deadline;
 use cvmfs_client::error::ClientError;
 use cvmfs_client::repository::Repository;
 use cvmfs_client::snapshot::{AttachedCatalog, Located, Snapshot, join};
-use cvmfs_format::PathHash;
 use cvmfs_format::catalog::{Entry, EntryKind};
+use cvmfs_format::{ContentHash, PathHash};
 
+use crate::attributes::Presentation;
 use crate::layer_view::{self, Marker};
-use crate::nodes::{Node, NodeTable, ROOT, node_id, path_hash_range};
+use crate::nodes::{Node, NodeTable, ROOT, directory_id, node_id, path_hash_range};
+use crate::protocol::attributes::Attributes;
 use crate::shared_state::SharedState;
 
 /// Entries of recently read directories that are kept between READDIR requests, all together.
-const MAX_LISTED: usize = 1 << 17;
+const MAX_LISTED: usize = 1 << 16;
 
 /// Why a request on the tree fails.
 #[derive(Debug, thiserror::Error)]
@@ -47,11 +50,18 @@ impl ViewError {
 /// A directory as READDIR delivers it, in a fixed order.
 #[derive(Debug)]
 pub(crate) struct Listing {
-    /// Names and nodes, sorted by name, without `.` and `..`. A node that is a hard link
+    /// Names and attributes, sorted by name, without `.` and `..`. A node that is a hard link
     /// group appears under each of its names.
-    pub(crate) entries: Vec<(Box<[u8]>, Arc<Node>)>,
+    pub(crate) entries: Box<[Listed]>,
     /// Node id of the directory above.
     pub(crate) parent: u64,
+}
+
+/// An entry of a [`Listing`]. Its node id is the inode number.
+#[derive(Debug)]
+pub(crate) struct Listed {
+    pub(crate) name: Box<[u8]>,
+    pub(crate) attributes: Attributes,
 }
 
 /// See the module documentation.
@@ -61,9 +71,11 @@ pub(crate) struct View {
     layer_view: bool,
     /// The configuration, whose values variant symbolic links may name.
     parameters: HashMap<Vec<u8>, Vec<u8>>,
+    presentation: Presentation,
     nodes: NodeTable,
     state: Arc<SharedState>,
-    recorded: Mutex<HashSet<(Box<[u8]>, cvmfs_format::ContentHash)>>,
+    /// Catalogs that a successor was told of, by hash and mount point.
+    recorded: Mutex<HashMap<ContentHash, HashSet<Box<[u8]>>>>,
     listings: Mutex<Vec<(u64, Arc<Listing>)>>,
     changes: AtomicU64,
 }
@@ -73,12 +85,14 @@ impl View {
         repository: Repository,
         layer_view: bool,
         parameters: HashMap<Vec<u8>, Vec<u8>>,
+        presentation: Presentation,
         state: Arc<SharedState>,
     ) -> View {
         View {
             repository,
             layer_view,
             parameters,
+            presentation,
             nodes: NodeTable::default(),
             state,
             recorded: Mutex::default(),
@@ -109,20 +123,24 @@ impl View {
         self.state.record_pin(&self.repository.snapshot().pinned());
     }
 
-    /// The node `id` for opening: like [`View::node`], but not of a revision that must not be used any more.
-    pub(crate) fn usable_node(&self, id: u64, deadline: Deadline) -> Result<Arc<Node>, ViewError> {
-        self.repository.check_usable()?;
-        self.node(id, deadline)
+    /// Whether files of the revision may still be opened.
+    pub(crate) fn check_usable(&self) -> Result<(), ViewError> {
+        Ok(self.repository.check_usable()?)
     }
 
-    /// Whether `id` is remembered and its children can be read without a fetch.
-    pub(crate) fn is_loaded(&self, id: u64) -> bool {
-        self.nodes.get(id).is_some_and(|node| self.repository.snapshot().is_loaded(&node.located))
+    /// The node `id` if it is remembered and its children can be read without a fetch.
+    pub(crate) fn ready(&self, id: u64) -> Option<Arc<Node>> {
+        self.nodes.get(id).filter(|node| self.repository.snapshot().is_loaded(&node.located))
     }
 
     /// The node if it is remembered: no catalog is read.
     pub(crate) fn remembered(&self, id: u64) -> Option<Arc<Node>> {
         self.nodes.get(id)
+    }
+
+    /// Nodes of open files stay known, whatever happens to their revision.
+    pub(crate) fn nodes(&self) -> &NodeTable {
+        &self.nodes
     }
 
     /// The node `id`, remembered or found again in the attached catalogs.
@@ -156,7 +174,7 @@ impl View {
         let (low, high) = path_hash_range(id);
         for located in snapshot.find_by_path_hash(low, high, deadline)? {
             let Some(located) = self.present(located) else { continue };
-            let node = build(snapshot, located, deadline)?;
+            let node = self.build(snapshot, located, deadline)?;
             if node.id == id {
                 return Ok(Some(self.insert(node)?));
             }
@@ -185,7 +203,7 @@ impl View {
         };
         match found {
             Some(located) => {
-                self.record(&located.catalog);
+                self.record(directory, &located.catalog);
                 self.remember(&snapshot, located, deadline).map(Some)
             }
             None => Ok(None),
@@ -203,29 +221,38 @@ impl View {
         let before = self.changes();
         let snapshot = self.repository.snapshot();
         let (catalog, rows) = snapshot.list(&directory.located, deadline)?;
-        self.record(&catalog);
+        self.record(directory, &catalog);
         let mut entries = Vec::with_capacity(rows.len());
         for entry in self.present_rows(rows) {
             let name = Box::from(entry.name.as_slice());
             let path = join(&directory.located.path, &entry.name).into();
             let located = Located { path, entry, catalog: catalog.clone() };
-            entries.push((name, self.remember(&snapshot, located, deadline)?));
+            let attributes = self.remember(&snapshot, located, deadline)?.attributes;
+            entries.push(Listed { name, attributes });
         }
-        let parent =
-            if directory.id == ROOT { ROOT } else { self.parent_id(&snapshot, directory, deadline)? };
-        let listing = Arc::new(Listing { entries, parent });
+        let listing = Arc::new(Listing { entries: entries.into(), parent: parent_id(directory) });
         let mut known = self.listings.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.changes() == before && listing.entries.len() <= MAX_LISTED {
+        if self.changes() == before {
             known.insert(0, (directory.id, listing.clone()));
             let mut room = MAX_LISTED;
+            let mut is_first = true;
             known.retain(|(_, listing)| {
                 let cost = listing.entries.len().max(MAX_LISTED / 64);
-                let fits = cost <= room;
+                // A directory that is larger than all room is kept while it is read.
+                let fits = std::mem::take(&mut is_first) || cost <= room;
                 room = room.saturating_sub(cost);
                 fits
             });
         }
         Ok(listing)
+    }
+
+    /// A directory was read to its end: one that is too large to be kept is forgotten.
+    pub(crate) fn listed_to_the_end(&self, directory: u64, listing: &Listing) {
+        if listing.entries.len() > MAX_LISTED {
+            let mut known = self.listings.lock().unwrap_or_else(PoisonError::into_inner);
+            known.retain(|(id, _)| *id != directory);
+        }
     }
 
     /// Whether the layer view makes `directory` hide what lies below it.
@@ -253,7 +280,11 @@ impl View {
     /// The target of a symbolic link, variables expanded from this process' environment and
     /// the configuration.
     pub(crate) fn link_target(&self, node: &Node) -> Vec<u8> {
-        cvmfs_client::variant::expand(&node.located.entry.symlink, &|name| {
+        self.expanded(&node.located.entry.symlink)
+    }
+
+    fn expanded(&self, target: &[u8]) -> Vec<u8> {
+        cvmfs_client::variant::expand(target, &|name| {
             use std::os::unix::ffi::{OsStrExt, OsStringExt};
             let environment = std::env::var_os(std::ffi::OsStr::from_bytes(name)).map(OsStringExt::into_vec);
             environment.or_else(|| self.parameters.get(name).cloned())
@@ -261,30 +292,33 @@ impl View {
     }
 
     /// The size that `stat` reports.
-    pub(crate) fn size(&self, node: &Node) -> u64 {
-        match node.located.entry.kind() {
-            EntryKind::Symlink => self.link_target(node).len() as u64,
-            _ => crate::attributes::plain_size(&node.located.entry),
+    fn size(&self, entry: &Entry) -> u64 {
+        match entry.kind() {
+            EntryKind::Symlink => self.expanded(&entry.symlink).len() as u64,
+            _ => crate::attributes::plain_size(entry),
         }
     }
 
-    /// Attaches what a predecessor had attached.
-    pub(crate) fn attach_again(&self) {
-        let snapshot = self.repository.snapshot();
-        for (mountpoint, hash, size) in self.state.catalogs() {
-            if !mountpoint.is_empty() {
-                snapshot.attach_again(&mountpoint, hash, size);
+    /// Attaches what a predecessor had attached. With `has_open_files` also the revisions
+    /// before the current one: some of the files may be theirs.
+    pub(crate) fn attach_again(&self, has_open_files: bool) {
+        /// The catalogs are in the cache; callers wait meanwhile.
+        const PATIENCE: Duration = Duration::from_secs(10);
+        let deadline = Deadline::after(PATIENCE);
+        let known = self.state.catalogs();
+        let current = self.repository.snapshot();
+        current.attach_again(&known, deadline);
+        let mut seen = HashSet::from([current.pinned().root_hash]);
+        let older = self.state.pins().into_iter().filter(|pin| has_open_files && seen.insert(pin.root_hash));
+        for pin in older {
+            if let Err(error) = self.repository.recall(pin, &known, deadline) {
+                tracing::warn!(
+                    revision = pin.revision,
+                    error = %crate::filesystem::chain(&error),
+                    "files that are open since an earlier revision may fail"
+                );
             }
         }
-    }
-
-    fn parent_id(&self, snapshot: &Snapshot, node: &Node, deadline: Deadline) -> Result<u64, ViewError> {
-        let path = &node.located.path;
-        let above = path.iter().rposition(|byte| *byte == b'/').map_or(&path[..0], |slash| &path[..slash]);
-        if above.is_empty() {
-            return Ok(ROOT);
-        }
-        Ok(snapshot.resolve(above, deadline)?.map_or(ROOT, |parent| node_id(&parent.entry, &[])))
     }
 
     /// What the layer view makes of a stored row; `None` if it is not shown.
@@ -328,7 +362,7 @@ impl View {
         located: Located,
         deadline: Deadline,
     ) -> Result<Arc<Node>, ViewError> {
-        self.insert(build(snapshot, located, deadline)?)
+        self.insert(self.build(snapshot, located, deadline)?)
     }
 
     fn insert(&self, node: Node) -> Result<Arc<Node>, ViewError> {
@@ -336,23 +370,43 @@ impl View {
         self.nodes.insert(node).map_err(|_| ViewError::Collision(path.into()))
     }
 
-    /// Tells a successor of an attached catalog, once.
-    fn record(&self, catalog: &Arc<AttachedCatalog>) {
-        let key = (Box::from(catalog.mountpoint()), catalog.hash());
+    /// Tells a successor of the catalog that was attached at `directory`, once.
+    fn record(&self, directory: &Node, catalog: &Arc<AttachedCatalog>) {
+        if !directory.located.entry.is_nested_mountpoint() {
+            return;
+        }
         let mut recorded = self.recorded.lock().unwrap_or_else(PoisonError::into_inner);
-        if recorded.insert(key) {
+        let places = recorded.entry(catalog.hash()).or_default();
+        if !places.contains(catalog.mountpoint()) {
+            places.insert(catalog.mountpoint().into());
             self.state.record_catalog(catalog.mountpoint(), &catalog.hash(), catalog.size());
         }
     }
+
+    /// Makes the node of a row. All members of a hard link group become the node of its first row.
+    fn build(
+        &self,
+        snapshot: &Snapshot,
+        mut located: Located,
+        deadline: Deadline,
+    ) -> Result<Node, ViewError> {
+        if let Some(leader) = snapshot.link_leader(&located, deadline)? {
+            located.entry = leader;
+        }
+        let chunks =
+            if located.entry.is_chunked() { snapshot.chunks(&located, deadline)? } else { Vec::new() };
+        let id = node_id(&located.entry, &chunks);
+        debug_assert!(id != ROOT || located.entry.path_hash == PathHash::of(b""));
+        let attributes = self.presentation.attributes(id, &located.entry, self.size(&located.entry));
+        // The path ends with it.
+        located.entry.name = Vec::new();
+        Ok(Node { id, located, chunks: chunks.into(), attributes })
+    }
 }
 
-/// Makes the node of a row. All members of a hard link group become the node of its first row.
-fn build(snapshot: &Snapshot, mut located: Located, deadline: Deadline) -> Result<Node, ViewError> {
-    if let Some(leader) = snapshot.link_leader(&located, deadline)? {
-        located.entry = leader;
-    }
-    let chunks = if located.entry.is_chunked() { snapshot.chunks(&located, deadline)? } else { Vec::new() };
-    let id = node_id(&located.entry, &chunks);
-    debug_assert!(id != ROOT || located.entry.path_hash == PathHash::of(b""));
-    Ok(Node { id, located, chunks })
+/// The node id of the directory above.
+fn parent_id(node: &Node) -> u64 {
+    let path = &node.located.path;
+    let above = path.iter().rposition(|byte| *byte == b'/').map_or(&path[..0], |slash| &path[..slash]);
+    directory_id(PathHash::of(above))
 }

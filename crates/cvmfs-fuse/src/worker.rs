@@ -4,34 +4,32 @@
 use std::collections::HashMap;
 use std::io::{self, BufRead};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixDatagram;
 use std::process::ExitCode;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use cvmfs_client::clock::SystemClock;
-use cvmfs_client::config::{ClientSettings, Config};
+use cvmfs_client::config::{ClientSettings, Config, ConfigSources, KernelSettings, Ownership};
 use cvmfs_client::deadline::Deadline;
 use cvmfs_client::error::ClientError;
 use cvmfs_client::repository::{Refreshed, Repository};
+use cvmfs_client::snapshot::Snapshot;
 use cvmfs_format::ContentHash;
-use fuser::{Session, SessionACL};
 
-use crate::content::Content;
+use crate::attributes::Presentation;
+use crate::content::{Content, nameless_file};
 use crate::control::{self, ControlSettings};
-use crate::filesystem::{Adapter, Mount, Options, chain};
+use crate::filesystem::{Mount, chain};
 use crate::handles::Handles;
-use crate::launch::{MountRequest, Report};
+use crate::launch::{Assignment, MountFlags, MountRequest, Prepared, Report};
 use crate::logging;
-use crate::magic::Visibility;
 use crate::metrics::{MetricsListener, Telemetry};
+use crate::profile;
+use crate::protocol::reply::Channel;
+use crate::session::{self, SessionError};
 use crate::shared_state::SharedState;
 use crate::syscall;
 use crate::view::View;
-
-/// Threads that read `/dev/fuse`. They never wait for the network, so few are enough; one
-/// more lets a look-up go on beside a large listing.
-const READERS: usize = 3;
 
 /// Time for one look at the server for a newer revision.
 const REFRESH_DEADLINE: Duration = Duration::from_secs(30);
@@ -42,13 +40,11 @@ const RESOLVE_PATIENCE: Duration = Duration::from_secs(2);
 /// How soon a changed time between looks counts.
 const TTL_CHECK: Duration = Duration::from_secs(5);
 
-/// `FUSE_NOTIFY_INC_EPOCH`: all entries the kernel remembers are looked up again before
-/// their next use. Linux 6.16; older kernels answer EINVAL.
-const NEXT_EPOCH: [u32; 4] = [16, 8, 0, 0];
-
 /// Entry point of the role.
 pub(crate) fn run() -> ExitCode {
     syscall::unblock_signals();
+    // Without it the process list shows the descriptor by which the program was started.
+    let _ = rustix::thread::set_name(c"cvmfs-worker");
     // The supervisor stays in the caller's session until the repository is mounted; a worker never touches the mount
     // point, and may have to trigger the automounter for the configuration repository.
     syscall::new_session();
@@ -81,52 +77,64 @@ impl From<ClientError> for Failure {
     }
 }
 
+impl From<SessionError> for Failure {
+    fn from(error: SessionError) -> Failure {
+        Failure { message: chain(&error), exit_code: 1 }
+    }
+}
+
 fn serve() -> Result<(), Failure> {
     let (device, memory) = inherited_descriptors()?;
     let mut input = io::stdin().lock();
     let mut line = String::new();
     input.read_line(&mut line)?;
-    let request: MountRequest = serde_json::from_str(&line).map_err(io::Error::from)?;
-    let config = Config::load(&request.fqrn, &request.sources);
-    logging::start(&request, config.as_ref().ok())?;
-    let config = config.map_err(ClientError::from)?;
+    let Assignment { request, last_settings } = serde_json::from_str(&line).map_err(io::Error::from)?;
     let state = Arc::new(SharedState::map(memory.as_fd())?);
-    let (settings, options, parameters) = load_settings(&request, &config)?;
-    let observed = ControlSettings::from(&config).map_err(ClientError::from)?;
-    logging::check_settings(&config).map_err(ClientError::from)?;
+    let settings = load_settings(&request, last_settings)?;
     let repository = match state.pin() {
         Some(pin) if state.is_answered() => {
             tracing::warn!(
                 decision = "worker-restart",
                 workers = state.workers(),
-                "taking over from a worker that died"
+                "taking over from another worker"
             );
-            Repository::resume(settings, Arc::new(SystemClock), pin)?
+            Repository::resume(settings.client, Arc::new(SystemClock), pin)?
         }
         _ => {
-            let repository = Repository::open(settings, Arc::new(SystemClock))?;
+            let repository = Repository::open(settings.client, Arc::new(SystemClock))?;
             state.record_pin(&repository.snapshot().pinned());
-            Report::Ready.send(io::stdout())?;
             repository
         }
     };
+    Report::Ready(settings.prepared).send(io::stdout())?;
     line.clear();
     if input.read_line(&mut line)? == 0 {
         return Err(Failure { message: "the supervisor ended before the mount".into(), exit_code: 1 });
     }
     drop(input);
     state.count_worker();
+    let agreement = session::connect(&state, &device, &settings.kernel)?;
     let handles = Handles::restore(state.clone(), device.try_clone()?);
-    let content = Content::new(repository.store().clone(), handles);
-    let view = View::new(repository, request.layer_view, parameters, state.clone());
-    view.attach_again();
-    let mount = Arc::new(Mount::new(view, content, options, state));
-    let session = connect(&mount, &device)?;
-    if mount.passthrough_offered.load(std::sync::atomic::Ordering::SeqCst) {
-        mount.content.probe_passthrough();
-    }
+    let must_see_opens = repository.snapshot().requirement().is_some() || settings.kernel.writable;
+    let chosen = profile::choose(settings.kernel.profile, must_see_opens, &agreement, &state, || {
+        nameless_file(repository.store().cache().directory()).and_then(|file| handles.sweep(&file))
+    });
+    tracing::info!(
+        decision = "mode",
+        mode = chosen.profile.name(),
+        reason = chosen.reason,
+        "how files are read"
+    );
+    let has_open_files = handles.open_nodes() > 0;
+    let content = Content::new(repository.store().clone(), handles, chosen);
+    let presentation = Presentation::new(settings.kernel.ownership.clone());
+    let view = View::new(repository, request.layer_view, settings.parameters, presentation, state.clone());
+    view.attach_again(has_open_files);
+    let channel = Arc::new(Channel(device.try_clone()?));
+    let mount = Arc::new(Mount::new(view, content, settings.kernel, agreement, state, channel));
     let (stop, stopped) = mpsc::channel();
-    let observers = Observers::start(&request, &mount, device.try_clone()?, config, observed)?;
+    let observers =
+        Observers::start(&request, &mount, device.try_clone()?, settings.config, settings.observed)?;
     let following = follow(mount.clone(), device, stopped);
     tracing::info!(
         fqrn = request.fqrn,
@@ -134,9 +142,7 @@ fn serve() -> Result<(), Failure> {
         revision = mount.view.repository().snapshot().pinned().revision,
         "serving"
     );
-    let mode = if mount.content.is_passthrough() { "passthrough" } else { "plain" };
-    tracing::info!(decision = "mode", mode, reason = "", "how reads are answered");
-    let result = session.run();
+    let result = session::run(&mount);
     drop(stop);
     let _ = following.join();
     drop(observers);
@@ -155,27 +161,65 @@ fn inherited_descriptors() -> Result<(OwnedFd, OwnedFd), Failure> {
     }
 }
 
-/// Names and values of the whole configuration.
-type Parameters = HashMap<Vec<u8>, Vec<u8>>;
+/// The configuration, with types.
+struct Settings {
+    config: Config,
+    client: ClientSettings,
+    kernel: KernelSettings,
+    observed: ControlSettings,
+    /// Names and values of the whole configuration, which symbolic links may name.
+    parameters: HashMap<Vec<u8>, Vec<u8>>,
+    prepared: Prepared,
+}
 
+/// Reads the configuration and starts logging as it says. If it cannot be used any more, a
+/// successor goes on with what its predecessor had.
 fn load_settings(
     request: &MountRequest,
-    config: &Config,
-) -> Result<(ClientSettings, Options, Parameters), Failure> {
-    let settings = ClientSettings::from(config).map_err(ClientError::from)?;
-    let visibility = config.get("CVMFS_MAGIC_XATTRS_VISIBILITY").map(|setting| setting.value.as_str());
-    let magic = match visibility {
-        _ if request.layer_view => Visibility::Off,
-        Some("never") => Visibility::Never,
-        Some("always") => Visibility::Always,
-        _ => Visibility::RootOnly,
+    last_settings: Option<Vec<(String, String)>>,
+) -> Result<Settings, Failure> {
+    let config = Config::load(&request.fqrn, &request.sources).map_err(ClientError::from);
+    let outcome = config.map_err(Failure::from).and_then(|config| {
+        logging::start(request, Some(&config))?;
+        settings_from(request, config)
+    });
+    let (Err(failure), Some(overrides)) = (&outcome, last_settings) else {
+        if outcome.is_err() {
+            logging::start(request, None)?;
+        }
+        return outcome;
     };
-    let kernel_cache = settings.kcache_timeout;
+    let sources = ConfigSources { files: Some(Vec::new()), overrides, ..request.sources.clone() };
+    let config = Config::load(&request.fqrn, &sources).map_err(ClientError::from)?;
+    logging::start(request, Some(&config))?;
+    tracing::error!(
+        error = failure.message,
+        "the configuration cannot be used any more; going on with the settings of the mount"
+    );
+    settings_from(request, config)
+}
+
+fn settings_from(request: &MountRequest, config: Config) -> Result<Settings, Failure> {
+    let client = ClientSettings::from(&config).map_err(ClientError::from)?;
+    let observed = ControlSettings::from(&config).map_err(ClientError::from)?;
+    logging::check_settings(&config).map_err(ClientError::from)?;
+    let mut kernel = KernelSettings::from(&config).map_err(ClientError::from)?;
+    if request.layer_view {
+        // Owners and modes of a layer are part of the image.
+        kernel.ownership = Ownership::default();
+    }
+    let flags = MountFlags {
+        check_permissions: kernel.check_permissions,
+        suid: kernel.suid,
+        writable: kernel.writable,
+    };
+    let settings = config.iter().map(|(key, setting)| (key.to_owned(), setting.value.clone())).collect();
     let parameters = config
         .iter()
         .map(|(key, setting)| (key.as_bytes().to_vec(), setting.value.clone().into_bytes()))
         .collect();
-    Ok((settings, Options { kernel_cache, magic }, parameters))
+    let prepared = Prepared { flags, settings };
+    Ok(Settings { config, client, kernel, observed, parameters, prepared })
 }
 
 /// Those who tell others about the mount; they end with it.
@@ -217,37 +261,6 @@ impl Observers {
     }
 }
 
-/// Shakes hands with the kernel, or with the record of the first handshake.
-///
-/// fuser always begins with INIT, which a connection carries once. So it gets a socket
-/// that holds the recorded INIT; the reply is sent to the kernel by the first worker and
-/// compared by later ones; then the device takes the socket's place.
-fn connect(mount: &Arc<Mount>, device: &OwnedFd) -> Result<Session<Adapter>, Failure> {
-    let state = &mount.state;
-    let (ours, theirs) = UnixDatagram::pair()?;
-    ours.send(&state.init())?;
-    let mut config = fuser::Config::default();
-    config.acl = SessionACL::All;
-    config.n_threads = Some(READERS);
-    let session = Session::from_fd(Adapter(mount.clone()), OwnedFd::from(theirs), SessionACL::All, config)?;
-    let mut reply = [0; 4096];
-    let length = ours.recv(&mut reply)?;
-    let reply = reply.get(..length).unwrap_or_default();
-    if state.is_answered() {
-        if reply != state.reply() {
-            let message =
-                "this version wants other connection settings than the mount has; mount again".into();
-            return Err(Failure { message, exit_code: 1 });
-        }
-    } else {
-        state.record_reply(reply)?;
-        rustix::io::write(device, reply).map_err(io::Error::from)?;
-        state.set_answered();
-    }
-    syscall::replace_descriptor(device.as_fd(), session.as_fd())?;
-    Ok(session)
-}
-
 /// Looks for newer revisions as often as the revision's publisher says, until `stopped` hangs up. Also a mount that
 /// shall not be updated looks at the blacklists.
 fn follow(mount: Arc<Mount>, device: OwnedFd, stopped: mpsc::Receiver<()>) -> std::thread::JoinHandle<()> {
@@ -276,12 +289,11 @@ fn follow(mount: Arc<Mount>, device: OwnedFd, stopped: mpsc::Receiver<()>) -> st
     })
 }
 
-/// Looks for a newer revision now; on a change the kernel's entries are looked up again.
+/// Looks for a newer revision now; on a change the kernel is told what differs.
 pub(crate) fn refresh(mount: &Mount, device: &OwnedFd) -> Result<Refreshed, ClientError> {
+    let old = mount.view.repository().snapshot();
     let outcome = mount.view.repository().refresh(Deadline::after(REFRESH_DEADLINE))?;
-    if outcome == Refreshed::Updated {
-        revision_changed(mount, device);
-    }
+    revision_changed(mount, device, &old);
     Ok(outcome)
 }
 
@@ -291,19 +303,20 @@ pub(crate) fn switch_root(
     device: &OwnedFd,
     root: ContentHash,
 ) -> Result<Refreshed, ClientError> {
+    let old = mount.view.repository().snapshot();
     let outcome = mount.view.repository().switch_root(root, Deadline::after(REFRESH_DEADLINE))?;
-    if outcome == Refreshed::Updated {
-        revision_changed(mount, device);
-    }
+    revision_changed(mount, device, &old);
     Ok(outcome)
 }
 
-fn revision_changed(mount: &Mount, device: &OwnedFd) {
-    mount.view.revision_changed();
-    let message: Vec<u8> = NEXT_EPOCH.iter().flat_map(|word| word.to_ne_bytes()).collect();
-    if let Err(error) = rustix::io::write(device, &message) {
-        tracing::debug!(%error, "the kernel keeps entries until their time is over");
+/// Has nodes, listings and the kernel follow the repository if it left the revision `old`.
+fn revision_changed(mount: &Mount, device: &OwnedFd, old: &Snapshot) {
+    let new = mount.view.repository().snapshot();
+    let pin = new.pinned();
+    if pin.root_hash == old.pinned().root_hash {
+        return;
     }
-    let pin = mount.view.repository().snapshot().pinned();
+    mount.view.revision_changed();
     tracing::info!(decision = "revision", revision = pin.revision, root = %pin.root_hash, "new revision in use");
+    mount.invalidation.revision_changed(device, old, &new);
 }

@@ -9,7 +9,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Mounted, files_below, kill};
+use common::{Mounted, Prepared, files_below, is_gone, kill, mount_with, signal, wait_until};
+use rustix::process::Signal;
 
 #[test]
 fn readers_survive_the_death_of_the_worker_without_an_error_or_a_wrong_byte() {
@@ -63,8 +64,8 @@ fn readers_survive_the_death_of_the_worker_without_an_error_or_a_wrong_byte() {
             // The status is answered by the successor as soon as it serves.
             while Instant::now() < again {
                 std::thread::sleep(Duration::from_millis(50));
-                let output = common::client(&["--json", "status", &mounted.fixture.fqrn]);
-                if output.status.success() && mounted.status()["pid"] != before["pid"] {
+                let now = mounted.status();
+                if now["pid"].is_number() && now["pid"] != before["pid"] {
                     break;
                 }
             }
@@ -97,4 +98,166 @@ fn a_held_file_and_a_held_directory_work_with_the_successor() {
     names.sort();
     again.sort();
     assert_eq!(names, again);
+}
+
+/// Readers of all files in a loop; they end when dropped, and none may see an error.
+struct Readers {
+    stop: std::sync::Arc<AtomicBool>,
+    threads: Vec<std::thread::JoinHandle<u64>>,
+}
+
+impl Readers {
+    fn start(mounted: &Mounted, count: usize) -> Readers {
+        let contents: HashMap<_, _> = files_below(&mounted.mountpoint)
+            .into_iter()
+            .map(|path| (path.clone(), fs::read(&path).unwrap()))
+            .collect();
+        let contents = std::sync::Arc::new(contents);
+        let stop = std::sync::Arc::new(AtomicBool::new(false));
+        let read_on = |number: usize| {
+            let (contents, stop) = (contents.clone(), stop.clone());
+            std::thread::spawn(move || {
+                let mut reads = 0;
+                let paths: Vec<_> = contents.keys().collect();
+                for path in paths.iter().cycle().skip(number * 7) {
+                    if stop.load(Ordering::SeqCst) {
+                        break;
+                    }
+                    let read = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+                    assert!(read == contents[*path], "wrong bytes in {}", path.display());
+                    reads += 1;
+                }
+                reads
+            })
+        };
+        let threads = (0..count).map(read_on).collect();
+        Readers { stop, threads }
+    }
+
+    fn end(self) -> u64 {
+        self.stop.store(true, Ordering::SeqCst);
+        self.threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+    }
+}
+
+fn worker_of(mounted: &Mounted) -> i64 {
+    mounted.status()["pid"].as_i64().unwrap()
+}
+
+fn has_successor(mounted: &Mounted, before: i64) -> bool {
+    mounted.status()["pid"].as_i64().is_some_and(|pid| pid != before)
+}
+
+#[test]
+fn row_60_a_worker_that_crashes_in_any_way_is_replaced_and_readers_see_nothing() {
+    for profile in ["passthrough", "no_open", "plain"] {
+        let mounted =
+            Mounted::new("basic-sha1", &format!("CVMFS_KCACHE_TIMEOUT=0,CVMFS_FUSE_PROFILE={profile}"));
+        assert_eq!(mounted.status()["mode"], profile);
+        let readers = Readers::start(&mounted, 3);
+        for death in [Signal::SEGV, Signal::ABORT, Signal::BUS, Signal::KILL] {
+            let before = worker_of(&mounted);
+            // The first one of some signals only takes the runtime's own handler away.
+            wait_until("the death", || {
+                signal(before, death);
+                is_gone(before)
+            });
+            wait_until("a successor", || has_successor(&mounted, before));
+        }
+        assert!(readers.end() > 0);
+        assert_eq!(mounted.status()["io_errors"], 0);
+        assert_eq!(mounted.status()["mode"], profile);
+    }
+}
+
+#[test]
+fn row_61_workers_are_replaced_on_request_again_and_again_under_load() {
+    let mounted = Mounted::new("basic-sha1", "CVMFS_KCACHE_TIMEOUT=0");
+    let readers = Readers::start(&mounted, 3);
+    let supervisor = mounted.record()["supervisor_pid"].as_i64().unwrap();
+    for _ in 0..25 {
+        let before = worker_of(&mounted);
+        signal(supervisor, Signal::HUP);
+        wait_until("another worker", || has_successor(&mounted, before));
+    }
+    assert!(readers.end() > 0);
+    let state = mounted.status();
+    assert_eq!((&state["workers"], &state["io_errors"]), (&26.into(), &0.into()));
+    assert!(mounted.log().contains("took over on request"));
+}
+
+#[test]
+fn row_62_a_worker_that_hangs_is_noticed_written_down_and_replaced() {
+    let mounted = Prepared::new("basic-sha1").0;
+    let faults = [
+        ("CVMFS_FUSE_TEST_FAULT", "hang-once:software".to_owned()),
+        ("CVMFS_FUSE_TEST_PATIENCE", "2".to_owned()),
+    ];
+    assert!(mount_with(&mounted, "", &faults).status.success());
+    let before = worker_of(&mounted);
+    fs::metadata(mounted.mountpoint.join("software")).expect("the successor answers");
+    assert_ne!(worker_of(&mounted), before);
+    let log = mounted.log();
+    assert!(log.contains("watchdog") && log.contains("request lookup"), "{log}");
+    assert!(log.contains("waits in"), "the threads are written down: {log}");
+}
+
+#[test]
+fn row_62_a_stopped_worker_is_replaced() {
+    let mounted = Prepared::new("basic-sha1").0;
+    let patience = [("CVMFS_FUSE_TEST_PATIENCE", "3".to_owned())];
+    assert!(mount_with(&mounted, "CVMFS_KCACHE_TIMEOUT=0", &patience).status.success());
+    let before = worker_of(&mounted);
+    signal(before, Signal::STOP);
+    fs::read_dir(mounted.mountpoint.join("software")).expect("the successor answers");
+    assert_ne!(worker_of(&mounted), before);
+}
+
+#[test]
+fn row_60_a_request_that_kills_every_worker_is_refused_and_the_mount_goes_on() {
+    let mounted = Prepared::new("basic-sha1").0;
+    let fault = [("CVMFS_FUSE_TEST_FAULT", "abort:software".to_owned())];
+    assert!(mount_with(&mounted, "", &fault).status.success());
+    let error = fs::metadata(mounted.mountpoint.join("software")).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    let state = mounted.status();
+    assert_eq!((&state["workers"], &state["refused"]), (&4.into(), &1.into()));
+    assert_eq!(fs::read(mounted.mountpoint.join("sizes/rnd100001")).unwrap().len(), 100_001);
+}
+
+#[test]
+fn row_62_a_request_that_always_hangs_ends_at_its_deadline_and_the_mount_goes_on() {
+    let mounted = Prepared::new("basic-sha1").0;
+    let faults =
+        [("CVMFS_FUSE_TEST_FAULT", "hang:software".to_owned()), ("CVMFS_FUSE_TEST_PATIENCE", "1".to_owned())];
+    assert!(mount_with(&mounted, "", &faults).status.success());
+    let error = fs::metadata(mounted.mountpoint.join("software")).unwrap_err();
+    let errno = error.raw_os_error();
+    assert!(errno == Some(libc::EIO) || errno == Some(libc::ETIMEDOUT), "{error}");
+    assert_eq!(fs::read(mounted.mountpoint.join("sizes/rnd100001")).unwrap().len(), 100_001);
+}
+
+#[test]
+fn row_60_a_panic_costs_one_request_and_no_worker() {
+    let mounted = Prepared::new("basic-sha1").0;
+    let fault = [("CVMFS_FUSE_TEST_FAULT", "panic:software".to_owned())];
+    assert!(mount_with(&mounted, "", &fault).status.success());
+    let error = fs::metadata(mounted.mountpoint.join("software")).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    assert_eq!(mounted.status()["workers"], 1);
+}
+
+#[test]
+fn a_signal_to_end_ends_all_processes_soon_also_with_open_files() {
+    for (whom, how) in [("supervisor", Signal::TERM), ("worker", Signal::TERM), ("supervisor", Signal::INT)] {
+        let mounted = Mounted::new("basic-sha1", "CVMFS_FUSE_PROFILE=plain");
+        let held = fs::File::open(mounted.mountpoint.join("sizes/rnd100001")).unwrap();
+        let supervisor = mounted.record()["supervisor_pid"].as_i64().unwrap();
+        let worker = worker_of(&mounted);
+        signal(if whom == "worker" { worker } else { supervisor }, how);
+        wait_until("the end", || is_gone(supervisor) && is_gone(worker));
+        assert!(fs::read_dir(&mounted.mountpoint).unwrap().next().is_none(), "{whom}: nothing is mounted");
+        assert!(mounted.find_record().is_none());
+        drop(held);
+    }
 }

@@ -105,10 +105,10 @@ impl Mount {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// `cvmfs-client umount`.
+    /// `cvmfs-client umount --lazy`: a story may still have something open.
     pub fn unmount(&self) -> Result<()> {
         let mut command = Command::new(binary("cvmfs-client"));
-        command.arg("umount").arg(&self.mountpoint);
+        command.args(["umount", "--lazy"]).arg(&self.mountpoint);
         run(command, MOUNT_TIMEOUT)?.success().map(drop)
     }
 }

@@ -17,6 +17,7 @@
 mod authorization_settings;
 mod cache_settings;
 mod files;
+mod kernel_settings;
 mod name;
 mod network_settings;
 mod parameters;
@@ -33,6 +34,7 @@ use std::time::Duration;
 
 pub use cache_settings::{CacheInstance, CacheSettings, DirectoryInstance};
 use files::{MAX_FILE, is_absent, patiently, read_file};
+pub use kernel_settings::{IdMap, KernelSettings, Ownership, ProfileChoice, XattrVisibility};
 pub use name::{expand_fqrn, validate_fqrn};
 pub use network_settings::{
     DiscoverySettings, DnsSettings, NetworkSettings, Proxy, ProxyGroup, ProxyList, TlsSettings,

@@ -2,10 +2,10 @@
 //!
 //! Where this client has no such thing the answer begins with `not supported`.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -19,10 +19,12 @@ use cvmfs_format::catalog::EntryKind;
 use super::command::{Command, Side};
 use super::settings::ControlSettings;
 use super::sockets::send_descriptor;
-use super::status::{HostStatus, ProxyStatus, Status};
+use super::status::{CallStatus, HostStatus, ProxyStatus, Status};
 use super::{cache_answers, internal_affairs, network_answers};
 use crate::filesystem::{Mount, chain};
 use crate::logging::redaction::redacted;
+use crate::profile::Profile;
+use crate::statistics::CallStatistics;
 
 /// Longest wait for the disk of the cache when the state is asked for: `status` has 2 seconds.
 const CACHE_PATIENCE: Duration = Duration::from_secs(1);
@@ -133,7 +135,7 @@ impl Context {
             Command::InternalAffairs => internal_affairs::internal_affairs(&self.status()),
             Command::Latency => internal_affairs::latency(&self.status()),
             Command::ResetErrorCounters => {
-                self.mount.io_errors.store(0, Ordering::Relaxed);
+                self.mount.statistics.reset_errors();
                 "OK".into()
             }
             // There is no trace, so nothing is left in a buffer.
@@ -181,7 +183,8 @@ impl Context {
         let network = repository.store().status();
         let traffic = repository.store().counters();
         let (cache, cache_error) = self.cache.usage(mount);
-        let passthrough = mount.content.is_passthrough();
+        let chosen = mount.content.chosen();
+        let counted = mount.call_statistics();
         let wrong = known.refused.into_iter().chain(known.last_error).chain(cache_error);
         let errors = wrong.map(|error| redacted(&error)).collect();
         let status = Status {
@@ -199,13 +202,20 @@ impl Context {
             bytes_fetched: traffic.bytes_fetched,
             cache_hits: traffic.cache_hits,
             cache_misses: traffic.cache_misses,
-            passthrough,
+            passthrough: chosen.profile == Profile::Passthrough,
             errors,
-            mode: if passthrough { "passthrough" } else { "plain" }.into(),
+            mode: chosen.profile.name().into(),
+            mode_reason: chosen.reason.clone(),
             layer_view: mount.view.is_layer_view(),
-            open_files: mount.content.open_files(),
+            open_files: counted.open_files,
             catalogs: repository.snapshot().attached().len(),
-            io_errors: mount.io_errors.load(Ordering::Relaxed),
+            io_errors: counted.io_errors,
+            calls: call_status(&counted),
+            errors_by_cause: counted.errors,
+            waiting: counted.waiting,
+            interrupted: counted.interrupted,
+            overdue: counted.overdue,
+            refused: counted.refused,
             workers: mount.state.workers(),
             repeated_requests: mount.state.repeated(),
             started: unix(self.started),
@@ -314,20 +324,18 @@ fn unix(time: SystemTime) -> i64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs().cast_signed())
 }
 
+/// Calls by name, with their durations if they are timed.
+fn call_status(counted: &CallStatistics) -> BTreeMap<String, CallStatus> {
+    let status = |(name, count): (&&'static str, &u64)| {
+        let durations = counted.latencies.get(name).cloned().unwrap_or_default();
+        ((*name).to_owned(), CallStatus { count: *count, durations })
+    };
+    counted.calls.iter().map(status).collect()
+}
+
 /// `major:minor` of the mount, from the mount table: the mount itself is not touched.
 fn device_id(mountpoint: &std::path::Path) -> Option<String> {
-    use std::os::unix::ffi::OsStrExt;
-    let table = std::fs::read("/proc/self/mountinfo").ok()?;
-    let mut found = None;
-    for line in table.split(|byte| *byte == b'\n') {
-        let fields: Vec<&[u8]> = line.split(|byte| *byte == b' ').take(5).collect();
-        if let [_, _, device, _, place] = fields.as_slice()
-            && crate::launch::unescape(place) == mountpoint.as_os_str().as_bytes()
-        {
-            found = Some(String::from_utf8_lossy(device).into_owned());
-        }
-    }
-    found
+    crate::mount_table::device_of(mountpoint).ok()?
 }
 
 /// Bytes of memory that this process has.

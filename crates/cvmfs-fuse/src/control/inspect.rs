@@ -178,6 +178,7 @@ mod tests {
                 fqrn: "a.b".into(),
                 mountpoint: "/mnt/x".into(),
                 supervisor_pid: u32::MAX,
+                flags: crate::MountFlags::default(),
                 control: directory.path().join("sock"),
             },
             alive: false,

@@ -96,8 +96,8 @@ fn is_supervisor(pid: u32) -> bool {
 }
 
 fn is_in_mount_table(mountpoint: &Path) -> bool {
-    crate::launch::mounted_type(mountpoint)
-        .is_ok_and(|kind| kind.is_some_and(|kind| kind == crate::launch::FILE_SYSTEM_TYPE))
+    crate::mount_table::at(mountpoint)
+        .is_ok_and(|entry| entry.is_some_and(|entry| entry.kind == crate::launch::FILE_SYSTEM_TYPE))
 }
 
 /// Removes the oldest logs of mounts that are gone, so that the run directory does not grow with every mount point

@@ -45,7 +45,7 @@ pub struct Status {
     /// What will be wrong soon or is not as it should be, in words.
     pub warnings: Vec<String>,
 
-    /// How reads are answered: `passthrough` or `plain`.
+    /// How reads are answered: `passthrough`, `no_open` or `plain`.
     pub mode: String,
     /// Why they are answered this way.
     pub mode_reason: String,
@@ -59,6 +59,14 @@ pub struct Status {
     pub io_errors: u64,
     /// The same by cause.
     pub errors_by_cause: BTreeMap<String, u64>,
+    /// Requests of the kernel that wait for the network now.
+    pub waiting: usize,
+    /// Requests that ended because their callers were interrupted by a signal.
+    pub interrupted: u64,
+    /// Requests that ended because their deadline had passed, whatever their work was stuck in.
+    pub overdue: u64,
+    /// Requests that were refused because workers died of them.
+    pub refused: u64,
     /// FUSE calls by name, where they are counted.
     pub calls: BTreeMap<String, CallStatus>,
 

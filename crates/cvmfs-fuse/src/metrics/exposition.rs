@@ -240,6 +240,7 @@ mod tests {
             fqrn: "dead.example.org".into(),
             mountpoint: "/mnt/dead".into(),
             supervisor_pid: 1,
+            flags: crate::MountFlags::default(),
             control: "/x".into(),
         };
         let silent = Inspected::Silent {

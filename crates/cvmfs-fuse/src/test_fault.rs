@@ -1,0 +1,41 @@
+//! Faults on request, for the tests that show that a mount survives them.
+//!
+//! `CVMFS_FUSE_TEST_FAULT=FAULT:NAME` in the environment of the mount makes the look-up of
+//! NAME hang, or kill the worker. `CVMFS_FUSE_TEST_KERNEL=MINOR` pretends an older kernel and
+//! `CVMFS_FUSE_TEST_PATIENCE=SECONDS` shortens the watchdog's patience. Nobody else sets them.
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use crate::shared_state::SharedState;
+
+/// Commits the fault if one was asked for this name.
+pub(crate) fn at_lookup(name: &[u8], state: &SharedState) {
+    static FAULT: OnceLock<Option<(String, Vec<u8>)>> = OnceLock::new();
+    let fault = FAULT.get_or_init(|| {
+        let text = std::env::var("CVMFS_FUSE_TEST_FAULT").ok()?;
+        let (fault, name) = text.split_once(':')?;
+        Some((fault.to_owned(), name.as_bytes().to_vec()))
+    });
+    let Some((fault, wanted)) = fault else { return };
+    if wanted != name {
+        return;
+    }
+    match fault.as_str() {
+        "hang" => std::thread::sleep(Duration::from_secs(3600)),
+        "hang-once" if state.workers() == 1 => std::thread::sleep(Duration::from_secs(3600)),
+        "abort" => std::process::abort(),
+        "panic" => panic!("asked for by the test"),
+        _ => {}
+    }
+}
+
+/// The minor protocol version that the kernel is taken for.
+pub(crate) fn kernel_minor() -> Option<u32> {
+    std::env::var("CVMFS_FUSE_TEST_KERNEL").ok()?.parse().ok()
+}
+
+/// The watchdog's patience.
+pub(crate) fn patience() -> Option<Duration> {
+    std::env::var("CVMFS_FUSE_TEST_PATIENCE").ok()?.parse().ok().map(Duration::from_secs)
+}
