@@ -8,6 +8,7 @@ mod dist;
 mod faults;
 mod plugin;
 mod scene;
+mod soak;
 mod test;
 
 use std::path::PathBuf;
@@ -40,6 +41,8 @@ enum Task {
     },
     /// Measure, as ratios to the same work without CernVM-FS
     Bench(bench::Options),
+    /// Many readers on a mount under random faults: no wrong byte, no error without a reason
+    Soak(soak::Options),
     /// Build the static binaries, the plugin tarball and their checksums
     Dist {
         /// Where to put them
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         Task::Test { quick } => test::run(quick),
         Task::Plugin { output } => plugin::run(&output),
         Task::Bench(options) => bench::run(&options),
+        Task::Soak(options) => soak::run(&options),
         Task::Dist { output } => dist::run(&output),
     };
     match result {

@@ -1,5 +1,7 @@
 //! Repositories mounted by the `cvmfs-client` binary.
 
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -58,8 +60,9 @@ impl MountBuilder {
         command.envs(self.environment);
         let finished = run(command, MOUNT_TIMEOUT)?;
         let report: serde_json::Value = serde_json::from_str(&finished.stdout).unwrap_or_default();
-        let log = report["control"].as_str().map(|control| Path::new(control).with_extension("log"));
-        Ok((Mount { fqrn: self.fqrn, mountpoint, log, _directory: directory }, finished))
+        let control = report["control"].as_str().map(PathBuf::from);
+        let log = control.as_ref().map(|control| control.with_extension("log"));
+        Ok((Mount { fqrn: self.fqrn, mountpoint, control, log, _directory: directory }, finished))
     }
 }
 
@@ -68,6 +71,7 @@ impl MountBuilder {
 pub struct Mount {
     fqrn: String,
     mountpoint: PathBuf,
+    control: Option<PathBuf>,
     log: Option<PathBuf>,
     _directory: ScratchDir,
 }
@@ -97,6 +101,19 @@ impl Mount {
             .flatten()
             .find(|one| one["mountpoint"] == self.mountpoint.to_string_lossy().as_ref());
         own.cloned().with_context(|| format!("{} is not among the mounts: {all}", self.fqrn))
+    }
+
+    /// What the control socket answers to a command, without the newline at its end.
+    pub fn ask(&self, command: &str, timeout: Duration) -> Result<String> {
+        let control = self.control.as_ref().context("the mount has no control socket")?;
+        let mut stream = UnixStream::connect(control)
+            .with_context(|| format!("nobody listens at {}", control.display()))?;
+        stream.set_read_timeout(Some(timeout))?;
+        stream.set_write_timeout(Some(timeout))?;
+        stream.write_all(command.as_bytes())?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).with_context(|| format!("no answer to `{command}`"))?;
+        Ok(answer.trim_end_matches('\n').to_owned())
     }
 
     /// What the processes of this mount have logged.

@@ -29,6 +29,7 @@ pub mod published;
 pub mod registry;
 pub mod relay;
 pub mod scratch;
+pub mod soak;
 mod syscall;
 pub mod tar;
 pub mod thin_engine;

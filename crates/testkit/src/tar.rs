@@ -7,11 +7,18 @@ use std::io::Write as _;
 pub const MTIME: u64 = 1_600_000_000;
 
 /// Collects entries; [`TarBuilder::finish`] gives the archive.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct TarBuilder {
     bytes: Vec<u8>,
     pending: Vec<(String, Vec<u8>)>,
     owner: (u32, u32),
+    mtime: u64,
+}
+
+impl Default for TarBuilder {
+    fn default() -> Self {
+        Self { bytes: Vec::new(), pending: Vec::new(), owner: (0, 0), mtime: MTIME }
+    }
 }
 
 /// The type flag of an entry.
@@ -38,6 +45,13 @@ impl TarBuilder {
     #[must_use]
     pub fn owner(mut self, uid: u32, gid: u32) -> Self {
         self.owner = (uid, gid);
+        self
+    }
+
+    /// The time of last modification of the entries that follow, in Unix seconds.
+    #[must_use]
+    pub fn mtime(mut self, mtime: u64) -> Self {
+        self.mtime = mtime;
         self
     }
 
@@ -127,7 +141,7 @@ impl TarBuilder {
         put(&mut header[108..116], format!("{:07o}", self.owner.0).as_bytes());
         put(&mut header[116..124], format!("{:07o}", self.owner.1).as_bytes());
         put(&mut header[124..136], format!("{:011o}", content.len()).as_bytes());
-        put(&mut header[136..148], format!("{MTIME:011o}").as_bytes());
+        put(&mut header[136..148], format!("{:011o}", self.mtime).as_bytes());
         put(&mut header[148..156], b"        ");
         header[156] = kind as u8;
         put(&mut header[157..257], link.as_bytes());

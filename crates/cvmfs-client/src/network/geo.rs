@@ -131,7 +131,7 @@ fn identity(shared: &Shared) -> String {
 }
 
 /// The positions of a reply, counted from 0; `None` unless it is a permutation of all `count` of them.
-fn parse_reply(reply: &[u8], count: usize) -> Option<Vec<usize>> {
+pub(super) fn parse_reply(reply: &[u8], count: usize) -> Option<Vec<usize>> {
     let text = std::str::from_utf8(reply).ok()?.strip_suffix('\n')?;
     let mut order = Vec::with_capacity(count);
     for number in text.split(',') {

@@ -25,6 +25,8 @@ mod control;
 mod credentials;
 mod discovery;
 mod failure;
+#[doc(hidden)]
+pub mod fuzzing;
 mod geo;
 mod journey;
 mod local;
