@@ -61,14 +61,18 @@ fn chunk_list(bytes: &[u8]) {
                 for offset in [offset, offset % size.max(1), size.saturating_sub(1), u64::MAX] {
                     let deadline = Deadline::after(Duration::from_secs(20));
                     match handle.read_at(&mut buffer, offset, deadline) {
-                        Ok(length) => assert!(length == 0 && offset >= size, "bytes out of nowhere at {offset}"),
+                        Ok(length) => {
+                            assert!(length == 0 && offset >= size, "bytes out of nowhere at {offset}");
+                        }
                         Err(error) => assert!(offset < size, "at {offset} beyond the end: {error}"),
                     }
                 }
             }
         }
         // What was begun is of no use to the next one.
-        for entry in std::fs::read_dir(bench.store.cache().directory().join("chunked")).into_iter().flatten().flatten() {
+        for entry in
+            std::fs::read_dir(bench.store.cache().directory().join("chunked")).into_iter().flatten().flatten()
+        {
             let _ = std::fs::remove_file(entry.path());
         }
     });

@@ -21,11 +21,20 @@ pub(crate) const CATALOG: Target = Target {
     name: "catalog",
     run: |bytes| with_file(bytes, |path| drop(Catalog::open(path).map(|catalog| walk(&catalog)))),
     seeds: || {
-        let mut seeds: Vec<_> = ["special", "chunked", "hardlinks", "xattrs"].map(fixtures::root_catalog).into();
+        let mut seeds: Vec<_> =
+            ["special", "chunked", "hardlinks", "xattrs"].map(fixtures::root_catalog).into();
         seeds.push(small_catalog(b"", b""));
         seeds
     },
-    words: &["CREATE TABLE ", "CREATE VIEW ", "catalog", "nested_catalogs", "chunks", "properties", "SQLite format 3\0"],
+    words: &[
+        "CREATE TABLE ",
+        "CREATE VIEW ",
+        "catalog",
+        "nested_catalogs",
+        "chunks",
+        "properties",
+        "SQLite format 3\0",
+    ],
 };
 
 pub(crate) const CATALOG_ROWS: Target =
@@ -72,7 +81,8 @@ pub(crate) fn with_file(bytes: &[u8], read: impl FnOnce(&Path)) {
 fn walk(catalog: &Catalog) {
     let _ = (catalog.schema(), catalog.revision(), catalog.ttl(), catalog.previous(), catalog.voms_authz());
     let _ = catalog.counters().map(|counters| counters.total().entries());
-    let _ = (catalog.missing_counters(), catalog.chunk_count(), catalog.max_rowid(), catalog.max_link_group());
+    let _ =
+        (catalog.missing_counters(), catalog.chunk_count(), catalog.max_rowid(), catalog.max_link_group());
     let _ = catalog.link_group_leaders();
     let _ = catalog.by_path_prefix(i64::MIN, i64::MAX);
     let mut seen = 0;
@@ -182,8 +192,22 @@ const COLUMNS: [(&str, &[&str]); 4] = [
     (
         "catalog",
         &[
-            "md5path_1", "md5path_2", "parent_1", "parent_2", "hardlinks", "hash", "size", "mode", "mtime", "mtimens",
-            "flags", "name", "symlink", "uid", "gid", "xattr",
+            "md5path_1",
+            "md5path_2",
+            "parent_1",
+            "parent_2",
+            "hardlinks",
+            "hash",
+            "size",
+            "mode",
+            "mtime",
+            "mtimens",
+            "flags",
+            "name",
+            "symlink",
+            "uid",
+            "gid",
+            "xattr",
         ],
     ),
     ("chunks", &["md5path_1", "md5path_2", "offset", "size", "hash"]),
@@ -195,7 +219,9 @@ const COLUMNS: [(&str, &[&str]); 4] = [
 pub(crate) fn change_rows(path: &Path, bytes: &[u8]) {
     let connection = Connection::open(path).expect("a good catalog");
     connection
-        .execute_batch("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA foreign_keys = OFF; BEGIN")
+        .execute_batch(
+            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA foreign_keys = OFF; BEGIN",
+        )
         .expect("pragmas are known");
     let mut bytes = Bytes(bytes);
     for _ in 0..32 {

@@ -30,7 +30,8 @@ pub(crate) const COMPRESSED: Target = Target {
     run: compressed,
     seeds: || {
         let plain: Vec<u8> = (0..20_000_u32).flat_map(|number| (number / 7).to_le_bytes()).collect();
-        let mut seeds: Vec<_> = [Deflate::Fast, Deflate::Stock].map(|deflate| deflate.compress(&plain)).into();
+        let mut seeds: Vec<_> =
+            [Deflate::Fast, Deflate::Stock].map(|deflate| deflate.compress(&plain)).into();
         seeds.push(Deflate::Fast.compress(&vec![0; 1 << 20]));
         seeds.push(Deflate::Fast.compress(b""));
         seeds

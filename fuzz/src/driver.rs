@@ -112,7 +112,10 @@ fn keep(target: &Target, input: &[u8]) -> PathBuf {
 }
 
 /// Ends the process when an input hangs: a thread cannot be stopped otherwise.
-struct Watch(Arc<Mutex<Option<(Instant, Vec<u8>)>>>);
+struct Watch(Arc<Mutex<Option<Running>>>);
+
+/// When an input began to run, and the input.
+type Running = (Instant, Vec<u8>);
 
 impl Watch {
     fn over(target: &Target) -> Self {

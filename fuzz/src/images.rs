@@ -16,14 +16,37 @@ pub(crate) const DESCRIPTOR: Target = Target {
     seeds: || {
         let digest = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
         let text = [
-            format!("{{\"version\":\"1.0\",\"min_version\":\"0.1\",\"origin\":\"https://r/i:t@{digest}\",\"layers\":[{{\"digest\":\"{digest}\",\"url\":\"cvmfs://a.example.org/layers/x\"}}],\"comment\":\"\"}}"),
-            format!("{{\"schemaVersion\":2,\"mediaType\":\"application/vnd.docker.distribution.manifest.v2+json\",\"config\":{{\"mediaType\":\"x\",\"size\":1,\"digest\":\"{digest}\"}},\"layers\":[{{\"mediaType\":\"application/vnd.docker.image.rootfs.diff.tar.gzip\",\"size\":2,\"digest\":\"{digest}\"}}]}}"),
-            format!("{{\"schemaVersion\":2,\"manifests\":[{{\"mediaType\":\"application/vnd.oci.image.manifest.v1+json\",\"size\":3,\"digest\":\"{digest}\",\"platform\":{{\"architecture\":\"amd64\",\"os\":\"linux\"}}}}]}}"),
+            format!(
+                "{{\"version\":\"1.0\",\"min_version\":\"0.1\",\"origin\":\"https://r/i:t@{digest}\",\"layers\":[{{\"digest\":\"{digest}\",\"url\":\"cvmfs://a.example.org/layers/x\"}}],\"comment\":\"\"}}"
+            ),
+            format!(
+                "{{\"schemaVersion\":2,\"mediaType\":\"application/vnd.docker.distribution.manifest.v2+json\",\"config\":{{\"mediaType\":\"x\",\"size\":1,\"digest\":\"{digest}\"}},\"layers\":[{{\"mediaType\":\"application/vnd.docker.image.rootfs.diff.tar.gzip\",\"size\":2,\"digest\":\"{digest}\"}}]}}"
+            ),
+            format!(
+                "{{\"schemaVersion\":2,\"manifests\":[{{\"mediaType\":\"application/vnd.oci.image.manifest.v1+json\",\"size\":3,\"digest\":\"{digest}\",\"platform\":{{\"architecture\":\"amd64\",\"os\":\"linux\"}}}}]}}"
+            ),
             format!("https://user@registry.example.org:5000/library/image:tag@{digest}"),
         ];
         text.map(String::into_bytes).into()
     },
-    words: &["{", "}", "[", "]", "\"", ":", ",", "null", "1e999", "-1", "\\u0000", "../", "cvmfs://", "sha256:", "\"url\"", "\"layers\""],
+    words: &[
+        "{",
+        "}",
+        "[",
+        "]",
+        "\"",
+        ":",
+        ",",
+        "null",
+        "1e999",
+        "-1",
+        "\\u0000",
+        "../",
+        "cvmfs://",
+        "sha256:",
+        "\"url\"",
+        "\"layers\"",
+    ],
 };
 
 /// The archives of layers.
@@ -43,7 +66,16 @@ pub(crate) const LAYER: Target = Target {
             .finish();
         vec![tar]
     },
-    words: &["ustar\x0000", "ustar  \0", "GNU.sparse.major=1", "30 path=x\n", "SCHILY.xattr.", "../", ".wh.", "7777777"],
+    words: &[
+        "ustar\x0000",
+        "ustar  \0",
+        "GNU.sparse.major=1",
+        "30 path=x\n",
+        "SCHILY.xattr.",
+        "../",
+        ".wh.",
+        "7777777",
+    ],
 };
 
 fn descriptor(bytes: &[u8]) {

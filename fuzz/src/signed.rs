@@ -22,7 +22,25 @@ pub(crate) const MANIFEST: Target = Target {
         seeds.push(fixtures::manifest("history").breadcrumb().to_text().into_bytes());
         seeds
     },
-    words: &["\n", "--\n", "C", "B", "R", "D240\n", "S", "Gyes\n", "A", "N", "X", "H", "T", "M", "Y", "-shake128", "-rmd160"],
+    words: &[
+        "\n",
+        "--\n",
+        "C",
+        "B",
+        "R",
+        "D240\n",
+        "S",
+        "Gyes\n",
+        "A",
+        "N",
+        "X",
+        "H",
+        "T",
+        "M",
+        "Y",
+        "-shake128",
+        "-rmd160",
+    ],
 };
 
 pub(crate) const WHITELIST: Target = Target {
@@ -32,7 +50,18 @@ pub(crate) const WHITELIST: Target = Target {
         let all = ["basic-sha1", "shake128", "bad-whitelist-sig", "bad-expired-whitelist"];
         all.map(|name| fixtures::stored(name, ".cvmfswhitelist")).into()
     },
-    words: &["\n", "--\n", "E20990101000000\n", "N", "Vpkcs7\n", "Wcachain\n", "20240101000000\n", "AA:", " # ", "99999999999999"],
+    words: &[
+        "\n",
+        "--\n",
+        "E20990101000000\n",
+        "N",
+        "Vpkcs7\n",
+        "Wcachain\n",
+        "20240101000000\n",
+        "AA:",
+        " # ",
+        "99999999999999",
+    ],
 };
 
 pub(crate) const KEYS: Target = Target {
@@ -47,7 +76,17 @@ pub(crate) const KEYS: Target = Target {
         }
         seeds
     },
-    words: &["-----BEGIN ", "-----END ", "PUBLIC KEY-----\n", "CERTIFICATE-----\n", "RSA PRIVATE KEY-----\n", "PRIVATE KEY-----\n", "\n", "MII", "="],
+    words: &[
+        "-----BEGIN ",
+        "-----END ",
+        "PUBLIC KEY-----\n",
+        "CERTIFICATE-----\n",
+        "RSA PRIVATE KEY-----\n",
+        "PRIVATE KEY-----\n",
+        "\n",
+        "MII",
+        "=",
+    ],
 };
 
 pub(crate) const BLACKLIST: Target = Target {

@@ -10,13 +10,14 @@ use cvmfs_format::{ContentHash, HashAlgorithm};
 use std::time::Duration;
 use tempfile::TempDir;
 
-use crate::databases::{change_rows, row_changes, small_catalog};
 use crate::Target;
+use crate::databases::{change_rows, row_changes, small_catalog};
 
 /// Nodes that a walk looks at.
 const MAX_WALK: usize = 300;
 
-pub(crate) const SNAPSHOT: Target = Target { name: "snapshot", run: snapshot, seeds: row_changes, words: &[] };
+pub(crate) const SNAPSHOT: Target =
+    Target { name: "snapshot", run: snapshot, seeds: row_changes, words: &[] };
 
 /// A client without servers, whose cache holds what the target puts there.
 pub(crate) struct Bench {
@@ -74,16 +75,26 @@ fn snapshot(bytes: &[u8]) {
         bench.place(ContentHash::of(HashAlgorithm::Sha1, b"nested"), &bench.nested, lower);
         let deadline = Deadline::after(Duration::from_secs(30));
         let pin = Pin { root_hash: root, root_size: 0, revision: 1, timestamp: 1 };
-        let Ok(snapshot) = Snapshot::pin("fuzz.example.org", &bench.store, pin, None, deadline) else { return };
+        let Ok(snapshot) = Snapshot::pin("fuzz.example.org", &bench.store, pin, None, deadline) else {
+            return;
+        };
         let _ = (snapshot.entry_counts(), snapshot.counters(deadline), snapshot.ttl());
-        for path in [&b"/nested/nested/nested/file"[..], b"/nested/file", b"/directory/below/../..", b"//file/x"] {
+        for path in
+            [&b"/nested/nested/nested/file"[..], b"/nested/file", b"/directory/below/../..", b"//file/x"]
+        {
             let _ = snapshot.resolve(path, deadline);
         }
         walk(&snapshot, deadline);
         let _ = snapshot.find_by_path_hash(i64::MIN, i64::MAX, deadline);
         snapshot.detach_nested();
         let _ = snapshot.resolve(b"/nested/one", deadline);
-        let _ = Snapshot::pin("fuzz.example.org", &bench.store, Pin { revision: 2, ..pin }, Some(&snapshot), deadline);
+        let _ = Snapshot::pin(
+            "fuzz.example.org",
+            &bench.store,
+            Pin { revision: 2, ..pin },
+            Some(&snapshot),
+            deadline,
+        );
     });
 }
 

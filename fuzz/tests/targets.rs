@@ -14,7 +14,8 @@ const MEMORY: u64 = 4 << 30;
 
 fn run(name: &str) {
     let limit = rustix::process::Rlimit { current: Some(MEMORY), maximum: Some(MEMORY) };
-    rustix::process::setrlimit(rustix::process::Resource::As, limit).expect("a lower limit is always allowed");
+    rustix::process::setrlimit(rustix::process::Resource::As, limit)
+        .expect("a lower limit is always allowed");
     let target = target(name).unwrap_or_else(|| panic!("there is no target {name}"));
     let number = |variable: &str| std::env::var(variable).ok().and_then(|text| text.parse().ok());
     let time = Duration::from_secs(number("CVMFS_FUZZ_SECONDS").unwrap_or(SECONDS));
@@ -22,7 +23,10 @@ fn run(name: &str) {
     let seeds = number("CVMFS_FUZZ_SEED").map_or(vec![FIXED_SEED, now], |seed| vec![seed]);
     for seed in seeds {
         let report = drive(target, seed, time);
-        println!("{name}: {} inputs with CVMFS_FUZZ_SEED={seed}, slowest {:?}", report.inputs, report.slowest);
+        println!(
+            "{name}: {} inputs with CVMFS_FUZZ_SEED={seed}, slowest {:?}",
+            report.inputs, report.slowest
+        );
     }
 }
 

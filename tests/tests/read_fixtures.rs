@@ -75,6 +75,31 @@ fn ingested_layers_meets_its_ground_truth() {
 }
 
 #[test]
+fn external_meets_its_ground_truth() {
+    let fixture = Fixture::unpack("external").unwrap();
+    let origin = Origin::serve(&fixture.storage).unwrap();
+    let external = Origin::serve(fixture.storage.join("ext")).unwrap();
+    let config = fixture.client_config(&origin.url()).unwrap();
+    let mut text = std::fs::read_to_string(&config).unwrap();
+    text.push_str(&format!("CVMFS_EXTERNAL_URL={}\nCVMFS_EXTERNAL_HTTP_PROXY=DIRECT\n", external.url()));
+    std::fs::write(&config, text).unwrap();
+    let mount = MountBuilder::new(&fixture.fqrn, &config)
+        .option("cvmfs_suid")
+        .environment("PEER_ARCH", "x86_64-el9")
+        .environment("PEER_VER", "v1.0")
+        .mount()
+        .unwrap();
+    assert_same(&compare(&fixture.manifest, &walk_tree(mount.path())));
+    assert!(!external.requests().is_empty(), "the second server was asked");
+    // Catalogs and documents end with the letter of their kind. The file of the first revision is not external.
+    let requests = origin.requests();
+    let is_file =
+        |path: &str| path.contains("/data/") && !path.ends_with(|last: char| last.is_ascii_uppercase());
+    let files = requests.iter().filter(|request| is_file(&request.path)).count();
+    assert!(files <= 1, "{files} files came from the first server");
+}
+
+#[test]
 fn what_was_read_once_is_read_again_from_the_cache_when_the_server_is_away() {
     let fixture = Fixture::unpack("basic-sha1").unwrap();
     let origin = Origin::serve(&fixture.storage).unwrap();

@@ -200,6 +200,86 @@ fn an_evicted_file_is_fetched_again() {
 }
 
 #[test]
+fn the_cache_is_listed_bounded_emptied_and_pinned_on_request() {
+    let stage = Stage::new("chunked");
+    let mount = stage.builder().mount().unwrap();
+    let largest =
+        stage.fixture.manifest.iter().filter(|line| line.size.is_some()).max_by_key(|line| line.size);
+    let path = largest.unwrap().path.to_str().unwrap().to_owned();
+    let file = mount.path().join(path.trim_start_matches('/'));
+    let status = |key: &str| mount.status().unwrap()[key].as_u64().unwrap();
+    assert!(stage.talk("cache instance").contains("cache"), "{}", stage.talk("cache instance"));
+    assert_eq!(stage.talk("cache limit get"), format!("{}\n", status("cache_limit") >> 20));
+    assert_eq!(stage.talk("cache limit set 999"), "New limit too low (minimum 1000)\n");
+    assert_eq!(stage.talk("cache limit set 1000"), "OK\n");
+    assert_eq!(stage.talk("cache limit get"), "1000\n");
+
+    let pinned = status("cache_pinned");
+    assert_eq!(stage.talk("pin /no/such"), "No such regular file or pinning failed\n");
+    assert_eq!(stage.talk(&format!("pin {path}")), "OK\n");
+    assert!(status("cache_pinned") > pinned, "more is pinned");
+    assert!(
+        stage.talk("cache list pinned").lines().any(|line| line == path),
+        "{}",
+        stage.talk("cache list pinned")
+    );
+    assert!(stage.talk("cache list catalogs").lines().count() >= 1);
+    assert!(stage.talk("cache list").lines().count() >= 2);
+    // What is pinned stays, and needs no request any more.
+    assert_eq!(stage.talk("cleanup 0"), "Not fully cleaned (there might be pinned chunks)\n");
+    let requests = status("requests");
+    let content = fs::read(&file).unwrap();
+    assert_eq!(status("requests"), requests);
+    assert!(stage.talk("cleanup rate 60").trim().parse::<u64>().unwrap() >= 1);
+    assert_eq!(stage.talk(&format!("evict {path}")), "OK\n");
+    assert!(!stage.talk("cache list").lines().any(|line| line == path));
+    assert!(fs::read(&file).unwrap() == content, "fetched again");
+    assert!(status("requests") > requests);
+
+    assert_eq!(stage.talk("tear down to read-only"), "In read-only mode\n");
+    assert!(fs::read(&file).unwrap() == content);
+    let warnings = mount.status().unwrap()["warnings"].to_string();
+    assert!(warnings.contains("cannot be written"), "{warnings}");
+}
+
+#[test]
+fn fsck_finds_a_damaged_file_in_a_cache_in_use_and_repairs_it() {
+    let stage = Stage::new("basic-sha1");
+    let mount = stage.builder().mount().unwrap();
+    let file = mount.path().join("sizes/rnd100001");
+    let content = fs::read(&file).unwrap();
+    let directory = mount.status().unwrap()["cache_directory"].as_str().unwrap().to_owned();
+    let clean = client(&["fsck", &directory]);
+    assert_eq!(clean.code(), Some(0), "{}", clean.output());
+    let hit = stored(Path::new(&directory), &content).expect("the content is in the cache");
+    let mut damaged = content.clone();
+    damaged[50_000] ^= 1;
+    // As a disk does it: the bytes change and nothing else.
+    let writable = fs::OpenOptions::new().write(true).open(&hit).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&writable, &damaged, 0).unwrap();
+    let found = client(&["fsck", &directory]);
+    assert_eq!(found.code(), Some(1), "{}", found.output());
+    assert!(found.stdout.contains("damaged") && found.stdout.contains("--repair"), "{}", found.output());
+    let repaired = client(&["--json", "fsck", "--repair", &directory]);
+    assert_eq!(repaired.code(), Some(0), "{}", repaired.output());
+    let report: serde_json::Value = serde_json::from_str(&repaired.stdout).unwrap();
+    assert_eq!((&report["problems"], &report["removed"]), (&1.into(), &1.into()), "{report}");
+    assert!(!hit.exists());
+    drop(mount);
+    let again = stage.builder().mount().unwrap();
+    assert!(fs::read(again.path().join("sizes/rnd100001")).unwrap() == content);
+    let absent = client(&["fsck", "/no/such/cache"]);
+    assert_eq!(absent.code(), Some(1), "{}", absent.output());
+}
+
+/// The file of a cache with this content.
+fn stored(directory: &Path, content: &[u8]) -> Option<PathBuf> {
+    let directories = fs::read_dir(directory).unwrap().flatten().filter(|entry| entry.path().is_dir());
+    let files = directories.flat_map(|entry| fs::read_dir(entry.path()).into_iter().flatten().flatten());
+    files.map(|entry| entry.path()).find(|path| fs::read(path).is_ok_and(|found| found == content))
+}
+
+#[test]
 fn the_workspace_is_found_as_the_stock_tool_finds_it() {
     let fixture = Fixture::unpack("basic-sha1").unwrap();
     let origin = Origin::serve(&fixture.storage).unwrap();

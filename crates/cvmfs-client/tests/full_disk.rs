@@ -3,45 +3,13 @@
 
 mod support;
 
-use std::path::Path;
-
 use cvmfs_format::compression::Compression;
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use support::{Bench, cached_files, content, noise, seconds, temporary_files};
-use testkit::Origin;
-
-/// A tmpfs of some megabytes, unmounted when dropped.
-struct Partition(tempfile::TempDir);
-
-impl Partition {
-    /// `None` without the right to mount.
-    fn mount(megabytes: u32) -> Option<Self> {
-        let directory = tempfile::tempdir().unwrap();
-        let options = std::ffi::CString::new(format!("size={megabytes}m")).unwrap();
-        match mount("tmpfs", directory.path(), "tmpfs", MountFlags::empty(), Some(options.as_c_str())) {
-            Ok(()) => Some(Self(directory)),
-            Err(error) if !rustix::process::geteuid().is_root() => {
-                eprintln!("skipped: cannot mount a tmpfs without root ({error})");
-                None
-            }
-            Err(error) => panic!("cannot mount a tmpfs: {error}"),
-        }
-    }
-
-    fn path(&self) -> &Path {
-        self.0.path()
-    }
-}
-
-impl Drop for Partition {
-    fn drop(&mut self) {
-        let _ = unmount(self.0.path(), UnmountFlags::DETACH);
-    }
-}
+use testkit::{Origin, Partition};
 
 #[test]
-fn a_partition_that_others_have_filled_does_not_prevent_reading() {
-    let Some(partition) = Partition::mount(4) else { return };
+fn row_46_a_partition_that_others_have_filled_does_not_prevent_reading() {
+    let Some(partition) = Partition::in_memory("size=4m").unwrap() else { return };
     let bench = Bench::new();
     let plain = noise(1, 1 << 20);
     let name = bench.publish_file(&plain);
@@ -60,8 +28,8 @@ fn a_partition_that_others_have_filled_does_not_prevent_reading() {
 }
 
 #[test]
-fn even_a_partition_without_a_single_free_block_does_not_prevent_reading() {
-    let Some(partition) = Partition::mount(4) else { return };
+fn row_46_even_a_partition_without_a_single_free_block_does_not_prevent_reading() {
+    let Some(partition) = Partition::in_memory("size=4m").unwrap() else { return };
     let bench = Bench::new();
     let names: Vec<_> = (0..4).map(|seed| bench.publish_file(&noise(seed, 300_000))).collect();
     let origin = Origin::serve(bench.storage()).unwrap();
@@ -79,8 +47,8 @@ fn even_a_partition_without_a_single_free_block_does_not_prevent_reading() {
 }
 
 #[test]
-fn a_cache_larger_than_its_partition_evicts_instead_of_filling_it() {
-    let Some(partition) = Partition::mount(4) else { return };
+fn row_47_a_limit_larger_than_the_partition_is_lowered_and_evicts_instead_of_filling_it() {
+    let Some(partition) = Partition::in_memory("size=4m").unwrap() else { return };
     let bench = Bench::new();
     let origin = Origin::serve(bench.storage()).unwrap();
     let store = bench.store_in(&partition.path().join("cache"), 1 << 30, &origin.url());
@@ -98,11 +66,11 @@ fn a_cache_larger_than_its_partition_evicts_instead_of_filling_it() {
 }
 
 #[test]
-fn chunks_are_served_from_memory_when_the_partition_is_full() {
+fn row_46_chunks_are_served_from_memory_when_the_partition_is_full() {
     use cvmfs_client::store::ChunkedFile;
     use cvmfs_format::catalog::Chunk;
     use cvmfs_format::hash::ObjectKind;
-    let Some(partition) = Partition::mount(4) else { return };
+    let Some(partition) = Partition::in_memory("size=4m").unwrap() else { return };
     let bench = Bench::new();
     let plain = noise(9, 2 << 20);
     let mut chunks = Vec::new();

@@ -13,7 +13,7 @@ use support::{Bench, cached_files, content, noise, seconds};
 use testkit::{Fault, Origin};
 
 #[test]
-fn fifty_readers_of_one_object_cause_one_request() {
+fn row_25_sixty_four_readers_of_one_object_cause_one_request() {
     let bench = Bench::new();
     let plain = noise(1, 300_000);
     let name = bench.publish_file(&plain);
@@ -21,7 +21,7 @@ fn fifty_readers_of_one_object_cause_one_request() {
     origin.set_fault("*", Fault::Delay(Duration::from_millis(200)));
     let store = bench.store(&origin.url(), &[]);
     std::thread::scope(|scope| {
-        for _ in 0..50 {
+        for _ in 0..64 {
             scope.spawn(|| {
                 let size = Some(plain.len() as u64);
                 let file = store.object(&name, Compression::Zlib, size, seconds(20)).unwrap();
@@ -33,7 +33,7 @@ fn fifty_readers_of_one_object_cause_one_request() {
 }
 
 #[test]
-fn a_reader_who_gives_up_does_not_take_the_download_from_the_others() {
+fn row_25_a_reader_who_gives_up_does_not_take_the_download_from_the_others() {
     let bench = Bench::new();
     let name = bench.publish_file(b"patience");
     let origin = Origin::serve(bench.storage()).unwrap();
@@ -152,7 +152,7 @@ fn what_is_in_the_cache_needs_no_server() {
 }
 
 #[test]
-fn a_truncated_cache_file_is_fetched_again() {
+fn row_51_a_truncated_cache_file_is_fetched_again() {
     let bench = Bench::new();
     let plain = noise(4, 9000);
     let name = bench.publish_file(&plain);
@@ -167,7 +167,7 @@ fn a_truncated_cache_file_is_fetched_again() {
 }
 
 #[test]
-fn a_catalog_that_a_power_cut_shortened_is_fetched_again() {
+fn row_54_a_catalog_that_a_power_cut_shortened_is_fetched_again() {
     let fixture = testkit::Fixture::unpack("basic-sha1").unwrap();
     let origin = Origin::serve(&fixture.storage).unwrap();
     let manifest = std::fs::read(fixture.storage.join(".cvmfspublished")).unwrap();

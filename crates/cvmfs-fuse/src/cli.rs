@@ -2,6 +2,7 @@
 
 mod check;
 mod config;
+mod fsck;
 mod status;
 
 use std::io::{IsTerminal, Write};
@@ -109,6 +110,19 @@ enum Verb {
         #[arg(short = 'o', value_name = "OPT[,OPT…]")]
         options: Vec<String>,
     },
+    /// Check every file of a cache, also of one in use.
+    #[command(
+        after_help = "What is removed is fetched again when it is needed. Exit codes: 0 nothing is wrong or all\n\
+                            of it was removed, 1 something is damaged and still there, or the cache cannot be read.\n\n\
+                            Example: cvmfs-client fsck --repair /var/lib/cvmfs/shared"
+    )]
+    Fsck {
+        /// Remove what is damaged or does not belong there.
+        #[arg(long)]
+        repair: bool,
+        /// The cache directory: `cvmfs-client status` shows it.
+        cache: PathBuf,
+    },
     /// Write the metrics of all mounts in Prometheus' text format.
     #[command(after_help = "To have them scraped, set CVMFS_METRICS_LISTEN=unix:/PATH or 127.0.0.1:PORT.")]
     Metrics,
@@ -161,6 +175,7 @@ pub fn main() -> ExitCode {
         Verb::Talk { fqrn, command } => talk(fqrn, command),
         Verb::Config { fqrn, options } => config::config(cli.json, fqrn, options),
         Verb::Check { fqrn, options } => check::check(cli.json, fqrn, options),
+        Verb::Fsck { repair, cache } => fsck::fsck(cli.json, cache, *repair),
         Verb::Metrics => {
             print!("{}", crate::metrics::render(&control::inspect_all(None)));
             Ok(ExitCode::SUCCESS)

@@ -204,7 +204,13 @@ impl Content {
             }
         };
         match source.as_ref() {
-            Source::Whole(cached) => read_fully(&cached.file, buffer, offset).map_err(ContentError::Read),
+            Source::Whole(cached) => match read_fully(&cached.file, buffer, offset) {
+                Err(error) if error.raw_os_error() == Some(libc::EIO) => {
+                    tracing::warn!(%error, object = ?object_name(node), "a cached file cannot be read");
+                    self.read_anew(node, offset, buffer, patience)
+                }
+                outcome => outcome.map_err(ContentError::Read),
+            },
             Source::Chunked(handle) => {
                 Ok(handle.read_at(buffer, offset, patience).map_err(ClientError::from)?)
             }
@@ -261,6 +267,29 @@ impl Content {
         let asked = asked(node, reader).ok_or(ContentError::Unsupported("the catalog names no content"))?;
         let cached = self.store.fetch(&asked, patience).map_err(ClientError::from)?;
         Ok(Source::Whole(cached))
+    }
+
+    /// The disk does not give the bytes of a cached file: it is fetched once more.
+    fn read_anew(
+        &self,
+        node: &Node,
+        offset: u64,
+        buffer: &mut [u8],
+        patience: Patience<'_>,
+    ) -> Result<usize, ContentError> {
+        if let Some(name) = object_name(node) {
+            self.store.forget(&name, node.located.entry.compression());
+        }
+        let source = Arc::new(self.source(node, &Reader::default(), patience)?);
+        if let Some((known, _)) = self.plain().sources.get_mut(&node.id) {
+            *known = source.clone();
+        }
+        match source.as_ref() {
+            Source::Whole(cached) => read_fully(&cached.file, buffer, offset).map_err(ContentError::Read),
+            Source::Chunked(handle) => {
+                Ok(handle.read_at(buffer, offset, patience).map_err(ClientError::from)?)
+            }
+        }
     }
 
     fn plain(&self) -> MutexGuard<'_, Plain> {

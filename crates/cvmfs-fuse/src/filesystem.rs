@@ -157,7 +157,7 @@ impl Mount {
         match self.view.check_usable().and_then(|()| self.view.node(id, metadata)) {
             Ok(node) => {
                 let _reading = self.reading(caller, &node);
-                self.answer_open(&node, self.content.open(&node, reply.unique(), &reader, patience), reply)
+                self.answer_open(&node, self.content.open(&node, reply.unique(), &reader, patience), reply);
             }
             Err(error) => reply.error(self.failed("open", id, None, &error)),
         }

@@ -95,7 +95,9 @@ impl Client for Core {
 
     fn open(&self, path: &str) -> Result<Option<CoreFile>, Errno> {
         let snapshot = self.0.snapshot();
-        let Some(file) = snapshot.resolve(path.as_bytes(), deadline()).map_err(errno)? else { return Ok(None) };
+        let Some(file) = snapshot.resolve(path.as_bytes(), deadline()).map_err(errno)? else {
+            return Ok(None);
+        };
         let (entry, store) = (&file.entry, self.0.store());
         if entry.is_chunked() {
             let chunks = snapshot.chunks(&file, deadline()).map_err(errno)?;
@@ -111,7 +113,9 @@ impl Client for Core {
         let mut buffer = vec![0; length];
         let length = match file {
             CoreFile::Whole(object) => object.file.read_at(&mut buffer, offset).unwrap(),
-            CoreFile::Chunked(handle) => handle.read_at(&mut buffer, offset, deadline()).map_err(fetch_errno)?,
+            CoreFile::Chunked(handle) => {
+                handle.read_at(&mut buffer, offset, deadline()).map_err(fetch_errno)?
+            }
         };
         buffer.truncate(length);
         Ok(buffer)

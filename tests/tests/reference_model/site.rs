@@ -142,7 +142,7 @@ impl Site {
             if (number + usize::from(choice)) % 3 == 0 {
                 let file = std::fs::File::options().write(true).open(path).unwrap();
                 let length = file.metadata().unwrap().len();
-                file.set_len(if choice % 2 == 0 { 0 } else { length / 2 }).unwrap();
+                file.set_len(if choice.is_multiple_of(2) { 0 } else { length / 2 }).unwrap();
             }
         }
         let stray = self.cache_base().join("shared/ab");

@@ -192,7 +192,10 @@ impl<C: Client> Run<C> {
                 self.client = Some(client);
                 self.moved_to(revision)?;
                 if self.trouble.is_none() && revision != self.site.newest() {
-                    return Err(format!("revision {revision} after a start, there is {}", self.site.newest()));
+                    return Err(format!(
+                        "revision {revision} after a start, there is {}",
+                        self.site.newest()
+                    ));
                 }
                 Ok(())
             }
@@ -207,7 +210,9 @@ impl<C: Client> Run<C> {
         let revision = client.revision();
         match outcome {
             Ok(()) if revision == self.site.newest() => {}
-            Ok(()) => return Err(format!("revision {revision} after an update, there is {}", self.site.newest())),
+            Ok(()) => {
+                return Err(format!("revision {revision} after an update, there is {}", self.site.newest()));
+            }
             Err(error) if self.trouble.is_none() => return Err(error),
             Err(_) if revision == self.revision => {}
             Err(error) => return Err(format!("revision {revision} after an update that failed: {error}")),
@@ -358,14 +363,16 @@ impl<C: Client> Run<C> {
         let outcome = std::thread::scope(|scope| {
             let read = || {
                 for _ in 0..6 {
-                    let seen = client.look_up(&path).map_err(|error| format!("look-up of /{path}: {error}"))?;
+                    let seen =
+                        client.look_up(&path).map_err(|error| format!("look-up of /{path}: {error}"))?;
                     if compare(&path, one.0.clone(), seen.clone()).is_err() {
                         compare(&path, other.0.clone(), seen)?;
                     }
                     if !is_file {
                         continue;
                     }
-                    let read = read_whole(client, &path).map_err(|error| format!("read of /{path}: {error}"))?;
+                    let read =
+                        read_whole(client, &path).map_err(|error| format!("read of /{path}: {error}"))?;
                     let is_right = |content: Option<Content>| read == content.map(Content::bytes);
                     if !is_right(one.1) && !is_right(other.1) {
                         return Err(format!("/{path} is of neither revision"));

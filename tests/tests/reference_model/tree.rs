@@ -6,8 +6,16 @@ use proptest::prelude::*;
 use testkit::tar::TarBuilder;
 
 /// Few names, so that edits meet each other.
-const NAMES: [&str; 8] =
-    ["a", "b", "c", "libc.so.6", "\u{65e5}\u{672c}", "with space", ".hidden", "nnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnn"];
+const NAMES: [&str; 8] = [
+    "a",
+    "b",
+    "c",
+    "libc.so.6",
+    "\u{65e5}\u{672c}",
+    "with space",
+    ".hidden",
+    "nnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnn",
+];
 /// A regular file of this name makes its directory a nested catalog.
 const MARKER: &str = ".cvmfscatalog";
 /// What every directory says about its size.
@@ -119,10 +127,15 @@ impl Tree {
         match place {
             Place::Entry(number) => {
                 let number = usize::from(*number) % (self.nodes.len() + 1);
-                number.checked_sub(1).and_then(|number| self.nodes.keys().nth(number)).cloned().unwrap_or_default()
+                number
+                    .checked_sub(1)
+                    .and_then(|number| self.nodes.keys().nth(number))
+                    .cloned()
+                    .unwrap_or_default()
             }
             Place::Path(names) => {
-                let names: Vec<_> = names.iter().map(|name| NAMES[usize::from(*name) % NAMES.len()]).collect();
+                let names: Vec<_> =
+                    names.iter().map(|name| NAMES[usize::from(*name) % NAMES.len()]).collect();
                 names.join("/")
             }
         }

@@ -120,7 +120,7 @@ impl CachedFile {
 }
 
 /// How full a cache is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct CacheUsage {
     /// Bytes in use.
     pub used: u64,

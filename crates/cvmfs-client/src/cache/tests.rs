@@ -172,7 +172,7 @@ fn two_processes_share_one_count() {
 }
 
 #[test]
-fn no_number_of_processes_stores_more_than_the_limit() {
+fn row_63_no_number_of_processes_stores_more_than_the_limit() {
     const LIMIT: u64 = 16 << 20;
     let directory = tempfile::tempdir().unwrap();
     let caches: Vec<_> = (0..4).map(|_| Cache::open(directory.path(), LIMIT).unwrap()).collect();
@@ -253,7 +253,7 @@ fn a_cache_that_is_torn_down_is_read_and_not_written() {
 }
 
 #[test]
-fn a_flipped_bit_of_a_small_file_is_found_when_another_process_opens_it() {
+fn row_50_a_flipped_bit_of_a_small_file_is_found_when_another_process_opens_it() {
     let directory = tempfile::tempdir().unwrap();
     let cache = Cache::open(directory.path(), 1 << 30).unwrap();
     store(&cache, 1, &[1; 5000]);
@@ -266,7 +266,7 @@ fn a_flipped_bit_of_a_small_file_is_found_when_another_process_opens_it() {
 }
 
 #[test]
-fn a_process_that_is_stopped_with_the_record_locked_does_not_stop_others() {
+fn row_63_a_process_that_is_stopped_with_the_record_locked_does_not_stop_others() {
     let directory = tempfile::tempdir().unwrap();
     let cache = Cache::open(directory.path(), 1 << 30).unwrap();
     counted(&cache);
@@ -308,7 +308,7 @@ fn a_tiered_cache_copies_up_and_stores_in_both() {
 }
 
 #[test]
-fn fsck_finds_what_is_damaged_and_repairs_by_removing_it() {
+fn row_50_fsck_finds_what_is_damaged_and_repairs_by_removing_it() {
     let directory = tempfile::tempdir().unwrap();
     let cache = Cache::open(directory.path(), 1 << 30).unwrap();
     counted(&cache);
@@ -331,7 +331,7 @@ fn fsck_finds_what_is_damaged_and_repairs_by_removing_it() {
 }
 
 #[test]
-fn a_lost_count_is_made_anew_and_foreign_files_are_removed() {
+fn row_52_a_damaged_usage_record_is_made_anew_and_foreign_files_are_removed() {
     let directory = tempfile::tempdir().unwrap();
     let cache = Cache::open(directory.path(), 1 << 30).unwrap();
     counted(&cache);
@@ -345,7 +345,7 @@ fn a_lost_count_is_made_anew_and_foreign_files_are_removed() {
 }
 
 #[test]
-fn a_cache_directory_that_vanishes_is_made_anew() {
+fn row_55_a_cache_directory_that_vanishes_is_made_anew() {
     let directory = tempfile::tempdir().unwrap();
     let cache = Cache::open(&directory.path().join("cache"), 1 << 30).unwrap();
     std::fs::remove_dir_all(directory.path().join("cache")).unwrap();
@@ -365,7 +365,7 @@ fn the_cxx_client_s_directory_is_left_alone() {
 }
 
 #[test]
-fn an_unusable_directory_is_refused_with_advice() {
+fn row_56_an_unusable_directory_is_refused_with_advice() {
     let error = Cache::open(Path::new("/proc/cvmfs"), 1 << 30).unwrap_err().to_string();
     assert!(error.contains("/proc/cvmfs") && error.contains("CVMFS_CACHE_BASE"), "{error}");
 }

@@ -25,7 +25,7 @@ const BOUNDED: Support = WithoutEffect("memory and descriptors are bounded by th
 /// Every parameter of the specification, sorted by name.
 #[rustfmt::skip]
 const PARAMETERS: &[(&str, Support)] = &[
-    ("CVMFS_ALIEN_CACHE", NotSupported),
+    ("CVMFS_ALIEN_CACHE", Honoured),
     ("CVMFS_ALT_ROOT_PATH", Honoured),
     ("CVMFS_AUTHZ_HELPER", Honoured),
     ("CVMFS_AUTHZ_SEARCH_PATH", Honoured),
@@ -34,10 +34,10 @@ const PARAMETERS: &[(&str, Support)] = &[
     ("CVMFS_BACKOFF_MAX", Honoured),
     ("CVMFS_BASE_ENV", SHELL),
     ("CVMFS_BLACKLIST", Honoured),
-    ("CVMFS_CACHE_ALIEN", NotSupported),
+    ("CVMFS_CACHE_ALIEN", Honoured),
     ("CVMFS_CACHE_BASE", Honoured),
     ("CVMFS_CACHE_DIR", Honoured),
-    ("CVMFS_CACHE_PRIMARY", NotSupported),
+    ("CVMFS_CACHE_PRIMARY", Honoured),
     ("CVMFS_CACHE_QUOTA_LIMIT", Honoured),
     ("CVMFS_CACHE_REFCOUNT", WithoutEffect("opens of one object share its file by FUSE passthrough")),
     ("CVMFS_CACHE_SERVER_MODE", NotSupported),
@@ -126,7 +126,7 @@ const PARAMETERS: &[(&str, Support)] = &[
     ("CVMFS_SERVER_URL", Honoured),
     ("CVMFS_SHARED_CACHE", Honoured),
     ("CVMFS_STATFS_CACHE_TIMEOUT", Honoured),
-    ("CVMFS_STREAMING_CACHE", NotSupported),
+    ("CVMFS_STREAMING_CACHE", Honoured),
     ("CVMFS_STRICT_MOUNT", Honoured),
     ("CVMFS_SUID", Honoured),
     ("CVMFS_SYSLOG_FACILITY", Honoured),
@@ -164,7 +164,7 @@ pub fn support(name: &str) -> Option<Support> {
     match PARAMETERS.binary_search_by(|(known, _)| (*known).cmp(name)) {
         Ok(index) => PARAMETERS.get(index).map(|(_, support)| *support),
         Err(_) if name.starts_with("CVMFS_AUTHZ_") => Some(Honoured),
-        Err(_) => is_instance_parameter(name).then_some(NotSupported),
+        Err(_) => instance_parameter(name),
     }
 }
 
@@ -180,31 +180,32 @@ pub fn closest(name: &str) -> Option<&'static str> {
         .map(|(_, known)| known)
 }
 
-fn is_instance_parameter(name: &str) -> bool {
-    const PROPERTIES: [&str; 15] = [
-        "TYPE",
-        "BASE",
-        "DIR",
-        "SHARED",
-        "ALIEN",
-        "QUOTA_LIMIT",
-        "SERVER_MODE",
-        "REFCOUNT",
-        "WORKSPACE",
-        "SIZE",
-        "MALLOC",
-        "UPPER",
-        "LOWER",
-        "LOWER_READONLY",
-        "CMDLINE",
+fn instance_parameter(name: &str) -> Option<Support> {
+    const PROPERTIES: [(&str, Support); 16] = [
+        ("LOWER_READONLY", Honoured),
+        ("QUOTA_LIMIT", Honoured),
+        ("SERVER_MODE", NotSupported),
+        ("WORKSPACE", NotSupported),
+        ("REFCOUNT", WithoutEffect("opens of one object share its file by FUSE passthrough")),
+        ("LOCATOR", NotSupported),
+        ("CMDLINE", NotSupported),
+        ("SHARED", Honoured),
+        ("MALLOC", WithoutEffect("memory is managed by the client itself")),
+        ("ALIEN", Honoured),
+        ("UPPER", Honoured),
+        ("LOWER", Honoured),
+        ("TYPE", Honoured),
+        ("BASE", Honoured),
+        ("SIZE", Honoured),
+        ("DIR", Honoured),
     ];
-    let Some(rest) = name.strip_prefix("CVMFS_CACHE_") else { return false };
-    rest.ends_with("_LOCATOR")
-        || PROPERTIES.iter().any(|property| {
-            rest.strip_suffix(property)
-                .and_then(|rest| rest.strip_suffix('_'))
-                .is_some_and(|name| !name.is_empty())
-        })
+    let rest = name.strip_prefix("CVMFS_CACHE_")?;
+    let is_named = |property: &str| {
+        rest.strip_suffix(property)
+            .and_then(|rest| rest.strip_suffix('_'))
+            .is_some_and(|instance| !instance.is_empty())
+    };
+    PROPERTIES.iter().find(|(property, _)| is_named(property)).map(|(_, support)| *support)
 }
 
 /// Number of single letter changes between two names (Levenshtein).
@@ -254,7 +255,8 @@ mod tests {
 
     #[test]
     fn parameters_of_a_named_cache_instance_are_known() {
-        assert_eq!(support("CVMFS_CACHE_hpc_TYPE"), Some(NotSupported));
+        assert_eq!(support("CVMFS_CACHE_hpc_TYPE"), Some(Honoured));
+        assert_eq!(support("CVMFS_CACHE_hpc_LOWER_READONLY"), Some(Honoured));
         assert_eq!(support("CVMFS_CACHE_hpc_LOCATOR"), Some(NotSupported));
         assert_eq!(support("CVMFS_CACHE_hpc_TYP"), None);
     }

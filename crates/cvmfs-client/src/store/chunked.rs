@@ -20,7 +20,7 @@ use super::part::{Part, Stored};
 use super::verify::Verified;
 use super::{Asked, Context, ObjectStore, describe, stored};
 use crate::authz::{Caller, Credentials};
-use crate::cache::{CacheName, CachedFile, is_full};
+use crate::cache::{CacheName, CachedFile, is_full, memory_limit};
 use crate::deadline::{Deadline, Patience};
 use crate::network::FetchError;
 
@@ -29,9 +29,10 @@ use crate::network::FetchError;
 pub const MAX_CHUNK: u64 = 64 << 20;
 /// Most chunks of a file: at the default average of 8 MiB this is a file of 8 TiB.
 const MAX_CHUNKS: usize = 1 << 20;
-/// Memory for chunks being verified, of all files together, in units of [`UNIT`].
-const MEMORY_UNITS: usize = 4096;
-/// 64 KiB: 4096 of them are 256 MiB.
+/// Most memory for chunks being verified, of all files together, and its share of what this process may use.
+const MAX_MEMORY: u64 = 256 << 20;
+const MEMORY_PART: u64 = 8;
+/// What that memory is counted in.
 const UNIT: u64 = 64 * 1024;
 /// A read that begins so little behind the last one's end still goes on where that ended.
 const SEQUENTIAL_SLACK: u64 = 1 << 20;
@@ -56,6 +57,8 @@ pub(super) struct Assemblies {
     open: Mutex<HashMap<CacheName, Weak<Assembly>>>,
     chunks: Arc<Flights<(CacheName, usize), ChunkResult>>,
     memory: Arc<Semaphore>,
+    /// All of the memory.
+    units: u32,
 }
 
 /// `None` if the chunk is in the file, its bytes if there was no room.
@@ -63,8 +66,10 @@ type ChunkResult = Result<Option<Arc<Vec<u8>>>, FetchError>;
 
 impl Assemblies {
     pub(super) fn new() -> Self {
-        let memory = Arc::new(Semaphore::new(MEMORY_UNITS));
-        Self { open: Mutex::new(HashMap::new()), chunks: Flights::new(), memory }
+        let bytes = MAX_MEMORY.min(memory_limit() / MEMORY_PART);
+        let units = u32::try_from(bytes / UNIT).unwrap_or(u32::MAX).max(1);
+        let memory = Arc::new(Semaphore::new(units as usize));
+        Self { open: Mutex::new(HashMap::new()), chunks: Flights::new(), memory, units }
     }
 }
 
@@ -384,8 +389,9 @@ impl ChunkedHandle {
         }
         let asked = self.asked(place);
         let (name, wanted) = (asked.name, asked.wanted());
-        let units = u32::try_from(place.size.div_ceil(UNIT)).unwrap_or(u32::MAX);
-        // The semaphore is never closed, and no chunk is larger than all of it.
+        // The semaphore is never closed. A chunk larger than all of it takes all of it.
+        let units =
+            u32::try_from(place.size.div_ceil(UNIT)).unwrap_or(u32::MAX).min(self.store.0.chunked.units);
         let _memory = self.store.0.chunked.memory.acquire_many(units).await;
         let mut sink = Verified::new(wanted, Vec::with_capacity(as_index(place.size)));
         let request = request_for(&asked, wanted.max_stored())?;

@@ -328,6 +328,58 @@ impl ObjectStore {
         self.0.pinned.lock().unwrap_or_else(PoisonError::into_inner).remove(&file).is_some()
     }
 
+    /// What [`ObjectStore::forget`] does, for a file made of chunks and for its chunks; also what pinned them ends.
+    pub fn forget_chunked(&self, file: &ChunkedFile) -> bool {
+        let name = chunked::content_name(file);
+        self.0.pinned.lock().unwrap_or_else(PoisonError::into_inner).remove(&name);
+        let whole = self.0.cache.remove(&name);
+        let chunks = file.chunks.iter().map(|chunk| ObjectName::new(chunk.hash, ObjectKind::Chunk));
+        chunks.fold(whole, |any, chunk| {
+            self.unpin(&chunk, file.compression);
+            self.forget(&chunk, file.compression) || any
+        })
+    }
+
+    /// Fetches all of a file made of chunks and keeps it in the cache as long as this store lives.
+    ///
+    /// # Errors
+    /// As [`ObjectStore::pin`].
+    pub fn pin_chunked<'a>(
+        &self,
+        file: &ChunkedFile,
+        context: Context<'_>,
+        patience: impl Into<Patience<'a>>,
+    ) -> Result<(), FetchError> {
+        /// Bytes read at a time.
+        const PIECE: usize = 1 << 20;
+        let patience = patience.into();
+        let handle = self.chunked_within(file, context)?;
+        let (mut buffer, mut offset) = (vec![0; PIECE], 0);
+        while offset < file.size {
+            match handle.read_at(&mut buffer, offset, patience)? {
+                0 => break,
+                length => offset += length as u64,
+            }
+        }
+        let name = chunked::content_name(file);
+        let path = context.path.map(|path| String::from_utf8_lossy(path).into_owned());
+        match self.0.cache.pin(&name, path.as_deref()) {
+            Ok(pinned) => {
+                self.0.pinned.lock().unwrap_or_else(PoisonError::into_inner).insert(name, pinned);
+                Ok(())
+            }
+            // Caches that are shared with other clients keep the chunks, and not the file.
+            Err(PinError::NotCached) => file.chunks.iter().try_for_each(|chunk| {
+                let object = ObjectName::new(chunk.hash, ObjectKind::Chunk);
+                self.pin(&Asked::new(object, file.compression, Some(chunk.size)).within(context), patience)
+            }),
+            Err(error) => {
+                let object = format!("chunked file {}", name.as_str());
+                Err(FetchError::NoSpace { object, reason: error.to_string() })
+            }
+        }
+    }
+
     /// A file made of chunks, whose bytes are fetched when they are read.
     ///
     /// # Errors

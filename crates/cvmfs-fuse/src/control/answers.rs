@@ -182,7 +182,7 @@ impl Context {
         let known = repository.status();
         let network = repository.store().status();
         let traffic = repository.store().counters();
-        let (cache, cache_error) = self.cache.usage(mount);
+        let (cache, cache_error) = self.cache.state(mount);
         let chosen = mount.content.chosen();
         let counted = mount.call_statistics();
         let wrong = known.refused.into_iter().chain(known.last_error).chain(cache_error);
@@ -196,8 +196,8 @@ impl Context {
             online: known.online,
             host: redacted(&network.host),
             proxy: redacted(&network.proxy),
-            cache_used: cache.used,
-            cache_limit: cache.limit,
+            cache_used: cache.usage.used,
+            cache_limit: cache.usage.limit,
             requests: traffic.requests,
             bytes_fetched: traffic.bytes_fetched,
             cache_hits: traffic.cache_hits,
@@ -224,7 +224,7 @@ impl Context {
             fixed: known.fixed,
             whitelist_expires: known.whitelist_expires,
             whitelist_days: known.whitelist_days,
-            warnings: known.warnings,
+            warnings: known.warnings.into_iter().chain(cache.warning()).collect(),
             memory: resident_memory(),
             descriptors: std::fs::read_dir("/proc/self/fd").ok().map(|found| found.count() as u64),
             metrics: self.metrics.clone(),
@@ -233,7 +233,9 @@ impl Context {
             network_errors: traffic.network_errors,
             fail_overs: traffic.fail_overs,
             cache_directory: repository.store().cache().directory().to_owned(),
-            evictions: cache.evictions,
+            cache_pinned: cache.usage.pinned,
+            cleanups: cache.cleanups,
+            evictions: cache.usage.evictions,
             ..Status::default()
         };
         status.conclude()
@@ -244,7 +246,7 @@ impl Context {
         let store = self.mount.view.repository().store();
         match side {
             Side::Regular => Some(store.fetcher()),
-            Side::External => None,
+            Side::External => store.external_fetcher(),
         }
     }
 
@@ -351,7 +353,32 @@ fn process_start(pid: u32) -> Option<SystemTime> {
     std::fs::metadata(format!("/proc/{pid}")).ok()?.modified().ok()
 }
 
-/// Asks how full the cache is without waiting longer than [`CACHE_PATIENCE`]: its disk may hang.
+/// What is known of the cache.
+#[derive(Debug, Clone, Copy, Default)]
+struct CacheState {
+    usage: CacheUsage,
+    /// Times that room was made within the last day.
+    cleanups: u64,
+    is_read_only: bool,
+}
+
+impl CacheState {
+    fn of(mount: &Mount) -> CacheState {
+        let cache = mount.view.repository().store().cache();
+        CacheState {
+            usage: cache.usage(),
+            cleanups: cache.cleanups_within(Duration::from_secs(24 * 3600)),
+            is_read_only: cache.is_read_only(),
+        }
+    }
+
+    fn warning(&self) -> Option<String> {
+        self.is_read_only
+            .then(|| "the cache cannot be written: what is not in it is fetched each time".into())
+    }
+}
+
+/// Asks for the state of the cache without waiting longer than [`CACHE_PATIENCE`]: its disk may hang.
 #[derive(Debug, Default)]
 struct CacheProbe {
     state: Mutex<ProbeState>,
@@ -359,34 +386,33 @@ struct CacheProbe {
 
 #[derive(Debug, Default)]
 struct ProbeState {
-    last: Option<CacheUsage>,
+    last: CacheState,
     /// A thread that asks already; no second one joins it.
-    asking: Option<mpsc::Receiver<CacheUsage>>,
+    asking: Option<mpsc::Receiver<CacheState>>,
 }
 
 impl CacheProbe {
-    /// The usage, and what is wrong if it is an old one.
-    fn usage(&self, mount: &Arc<Mount>) -> (CacheUsage, Option<String>) {
+    /// The state, and what is wrong if it is an old one.
+    fn state(&self, mount: &Arc<Mount>) -> (CacheState, Option<String>) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let receiver = state.asking.take().unwrap_or_else(|| {
             let (sender, receiver) = mpsc::channel();
             let mount = mount.clone();
             let _ = std::thread::Builder::new().name("cvmfs-usage".into()).spawn(move || {
-                let _ = sender.send(mount.view.repository().store().cache_usage());
+                let _ = sender.send(CacheState::of(&mount));
             });
             receiver
         });
         match receiver.recv_timeout(CACHE_PATIENCE) {
-            Ok(usage) => {
-                state.last = Some(usage);
-                (usage, None)
+            Ok(known) => {
+                state.last = known;
+                (known, None)
             }
             Err(error) => {
                 if error == mpsc::RecvTimeoutError::Timeout {
                     state.asking = Some(receiver);
                 }
-                let known = state.last.unwrap_or(CacheUsage { used: 0, limit: 0, pinned: 0, evictions: 0 });
-                (known, Some("the disk of the cache does not answer; its usage is from earlier".into()))
+                (state.last, Some("the disk of the cache does not answer; its usage is from earlier".into()))
             }
         }
     }

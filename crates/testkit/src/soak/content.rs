@@ -119,12 +119,16 @@ impl World {
 
     /// The version that these first bytes belong to, if it may be seen.
     pub(super) fn version(&self, number: usize, start: &[u8], oldest: u64) -> Result<u64> {
-        let word = |at: usize| start.get(at..at + 8).and_then(|bytes| bytes.try_into().ok()).map(u64::from_le_bytes);
+        let word =
+            |at: usize| start.get(at..at + 8).and_then(|bytes| bytes.try_into().ok()).map(u64::from_le_bytes);
         let path = self.path(number);
         let version = word(8).with_context(|| format!("{path} has {} bytes", start.len()))?;
         ensure!(word(0) == Some(number as u64), "{path} has the bytes of another file");
         let newest = self.files[number].newest.load(Ordering::SeqCst);
-        ensure!((oldest..=newest).contains(&version), "{path} has version {version}, not {oldest} to {newest}");
+        ensure!(
+            (oldest..=newest).contains(&version),
+            "{path} has version {version}, not {oldest} to {newest}"
+        );
         Ok(version)
     }
 
@@ -134,14 +138,25 @@ impl World {
     }
 
     /// Compares a part of a file with what that version has there.
-    pub(super) fn compare(&self, number: usize, version: u64, offset: u64, found: &[u8], wanted: usize) -> Result<()> {
+    pub(super) fn compare(
+        &self,
+        number: usize,
+        version: u64,
+        offset: u64,
+        found: &[u8],
+        wanted: usize,
+    ) -> Result<()> {
         let length = self.length(number, version);
         let wanted = length.saturating_sub(offset).min(wanted as u64) as usize;
         let path = self.path(number);
         ensure!(found.len() == wanted, "{path}: {} bytes at {offset} instead of {wanted}", found.len());
         let expected = bytes(number, version, offset, wanted);
         let wrong = expected.iter().zip(found).position(|(one, other)| one != other);
-        ensure!(wrong.is_none(), "{path} of version {version}: wrong byte at {}", offset + wrong.unwrap_or(0) as u64);
+        ensure!(
+            wrong.is_none(),
+            "{path} of version {version}: wrong byte at {}",
+            offset + wrong.unwrap_or(0) as u64
+        );
         Ok(())
     }
 

@@ -91,7 +91,6 @@ impl fmt::Display for Summary {
 /// What a worker uses.
 #[derive(Debug, Clone, Copy)]
 struct Resources {
-    pid: u32,
     descriptors: usize,
     memory: u64,
 }
@@ -211,7 +210,8 @@ fn aftermath(world: &World, mount: &Mount, options: &Options) -> Result<u64> {
     let observed = read_during(world, mount, options, || sleep(Duration::from_secs(2)))?;
     ensure!(observed.wrong.is_none() && observed.errors.is_empty(), "after the last fault: {observed:?}");
     world.read_everything(mount.path()).context("after the last fault")?;
-    let revision: u64 = ask(mount, "refresh")?.parse().context("the mount is updated after the last fault")?;
+    let revision: u64 =
+        ask(mount, "refresh")?.parse().context("the mount is updated after the last fault")?;
     ensure!(revision == world.revision(), "revision {revision}, but {} was published", world.revision());
     wait_until("all files are closed", Duration::from_secs(20), || {
         mount.status().is_ok_and(|status| status["open_files"] == 0)
@@ -266,7 +266,7 @@ fn resources(mount: &Mount) -> Result<Resources> {
         .lines()
         .find_map(|line| line.strip_prefix("RssAnon:")?.trim().strip_suffix(" kB")?.trim().parse().ok())
         .context("the kernel tells the memory of a process")?;
-    Ok(Resources { pid, descriptors, memory: kilobytes << 10 })
+    Ok(Resources { descriptors, memory: kilobytes << 10 })
 }
 
 /// Asks until a worker answers: one may just have been killed.

@@ -146,14 +146,19 @@ fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
 
 fn list(world: &World, mountpoint: &Path, random: &mut Random) -> Result<u64, Trouble> {
     let (name, expected) = world.names(random.below(100) as usize);
-    let entries = std::fs::read_dir(mountpoint.join(&name)).map_err(|error| failed("listing", &name, &error))?;
+    let entries =
+        std::fs::read_dir(mountpoint.join(&name)).map_err(|error| failed("listing", &name, &error))?;
     let mut count = 0;
     for entry in entries {
         let entry = entry.map_err(|error| failed("listing", &name, &error))?;
         let kind = entry.metadata().map_err(|error| failed("examining what is in", &name, &error))?;
         count += usize::from(kind.is_file() && entry.file_name() != ".cvmfscatalog");
     }
-    if count == expected { Ok(0) } else { Err(Trouble::Wrong(format!("{name} has {count} files, not {expected}"))) }
+    if count == expected {
+        Ok(0)
+    } else {
+        Err(Trouble::Wrong(format!("{name} has {count} files, not {expected}")))
+    }
 }
 
 fn absent(mountpoint: &Path, random: &mut Random) -> Result<u64, Trouble> {

@@ -184,7 +184,10 @@ impl<'w> Weather<'w> {
 
     /// Whether both servers were disturbed at some time of this operation, or shortly before.
     pub(super) fn explains(&self, error: &Failed) -> bool {
-        self.past().outages.iter().any(|(begun, ended)| error.begun <= *ended + GRACE && error.ended >= *begun)
+        self.past()
+            .outages
+            .iter()
+            .any(|(begun, ended)| error.begun <= *ended + GRACE && error.ended >= *begun)
     }
 
     pub(super) fn counts(&self) -> Counts {
