@@ -205,9 +205,10 @@ impl Download {
                 self.transport.deadlines().transfer(self.blob.descriptor.size).saturating_sub(self.waited);
             let patience = rest.min(self.transport.deadlines().idle);
             let chunk = tokio::select! {
-                chunk = tokio::time::timeout(patience, response.chunk()) => chunk,
+                biased;
                 () = self.transport.cancellation() => return Err(Interruption::Final(RegistryError::Cancelled)),
                 () = sender.closed() => return Err(Interruption::Abandoned),
+                chunk = tokio::time::timeout(patience, response.chunk()) => chunk,
             };
             self.waited += started.elapsed();
             let mut piece = match chunk {

@@ -329,8 +329,9 @@ impl Client {
         let idle = self.transport.deadlines().idle;
         loop {
             let chunk = tokio::select! {
-                chunk = tokio::time::timeout(idle, response.chunk()) => chunk,
+                biased;
                 () = self.transport.cancellation() => return Err(RegistryError::Cancelled),
+                chunk = tokio::time::timeout(idle, response.chunk()) => chunk,
             };
             match chunk {
                 Ok(Ok(Some(chunk))) => bytes.extend_from_slice(&chunk),

@@ -128,10 +128,12 @@ impl Transport {
             waited: call.deadline,
         };
         tokio::select! {
+            // Who was cancelled sends nothing more, however fast the answer would be.
+            biased;
+            () = self.cancellation() => Err(RegistryError::Cancelled),
             result = tokio::time::timeout(call.deadline, self.send_with_retries(call)) => {
                 result.map_err(|_| timeout())?
             }
-            () = self.cancellation() => Err(RegistryError::Cancelled),
         }
     }
 

@@ -8,7 +8,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use cvmfs_client::clock::{Clock, SystemClock};
-use cvmfs_client::config::{ClientSettings, Config, ConfigError, NoticeKind};
+use cvmfs_client::config::{
+    CacheInstance, ClientSettings, Config, ConfigError, DirectoryInstance, NoticeKind,
+};
 use cvmfs_client::deadline::Deadline;
 use cvmfs_client::error::ClientError;
 use cvmfs_client::store::ObjectStore;
@@ -140,10 +142,13 @@ fn configuration(findings: &mut Findings, config: &Config) -> Option<ClientSetti
 /// Verifies what the servers offer now. What was verified earlier does not count here: a mount would work with it,
 /// but not follow.
 fn check_trust(findings: &mut Findings, settings: &ClientSettings, cache: cache::Place) -> Option<Trusted> {
-    let store = match ObjectStore::open(&ClientSettings {
-        cache_directory: cache.directory().to_owned(),
-        ..settings.clone()
-    }) {
+    let mut within = settings.clone();
+    if let cache::Place::Elsewhere(directory) = &cache {
+        let instance = DirectoryInstance::private(directory.clone(), settings.cache.primary.limit());
+        within.cache.primary = CacheInstance::Directory(instance);
+        within.cache_directory = directory.clone();
+    }
+    let store = match ObjectStore::open(&within) {
         Ok(store) => store,
         Err(error) => {
             findings.fail("trust", chain(&error), None, error.exit_code());

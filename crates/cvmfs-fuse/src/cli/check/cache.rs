@@ -1,6 +1,6 @@
 //! Whether the cache can be written, has room, and lies where reads are fast.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use cvmfs_client::config::ClientSettings;
 use cvmfs_client::store::Cache;
@@ -17,17 +17,9 @@ const FUSE: u64 = 0x6573_5546;
 /// Where the chain of trust can keep what it fetches.
 pub(super) enum Place {
     /// In the cache.
-    Cache(PathBuf),
+    Cache,
     /// The cache cannot be used: in a directory that is removed again.
     Elsewhere(PathBuf),
-}
-
-impl Place {
-    pub(super) fn directory(&self) -> &Path {
-        match self {
-            Place::Cache(directory) | Place::Elsewhere(directory) => directory,
-        }
-    }
 }
 
 impl Drop for Place {
@@ -51,7 +43,7 @@ pub(super) fn check(findings: &mut Findings, settings: &ClientSettings) -> Place
     let shown = directory.display();
     let Ok(partition) = rustix::fs::statvfs(directory) else {
         findings.warn("cache", format!("{shown}: its file system does not tell its size"), "use another one");
-        return Place::Cache(settings.cache_directory.clone());
+        return Place::Cache;
     };
     let megabytes = |bytes: u64| bytes >> 20;
     let (free, total) = (partition.f_bavail * partition.f_frsize, partition.f_blocks * partition.f_frsize);
@@ -99,5 +91,5 @@ pub(super) fn check(findings: &mut Findings, settings: &ClientSettings) -> Place
             "put CVMFS_CACHE_BASE on a local file system such as ext4 or xfs",
         );
     }
-    Place::Cache(settings.cache_directory.clone())
+    Place::Cache
 }
