@@ -7,7 +7,6 @@ use std::time::Duration;
 use testkit::soak::{Options, run};
 
 #[test]
-#[ignore = "now and then readers see an I/O error before the first fault: run it with --ignored, or `cargo xtask soak`"]
 fn readers_under_random_faults_see_no_wrong_byte_and_no_error_without_a_reason() {
     let number = |variable: &str| std::env::var(variable).ok().and_then(|text| text.parse::<u64>().ok());
     let options = Options {

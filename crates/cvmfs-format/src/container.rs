@@ -15,6 +15,7 @@ use rusqlite::limits::Limit;
 use rusqlite::types::{ToSql, ToSqlOutput, ValueRef};
 use rusqlite::{Connection, OpenFlags, OptionalExtension};
 
+use crate::descriptor_vfs;
 use crate::hash::{ContentHash, shown};
 
 /// Longest value of one row accepted. The largest legitimate row is a catalog entry with 255 attributes of 510
@@ -125,7 +126,11 @@ pub(crate) fn open_immutable(what: &'static str, path: &Path) -> Result<Connecti
     let open_error = |source| ContainerError::Open { what, path: path.to_owned(), source };
     let flags =
         OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_URI;
-    let connection = Connection::open_with_flags(immutable_uri(path), flags).map_err(open_error)?;
+    let connection = match descriptor_vfs::name() {
+        Some(vfs) => Connection::open_with_flags_and_vfs(immutable_uri(path), flags, vfs),
+        None => Connection::open_with_flags(immutable_uri(path), flags),
+    }
+    .map_err(open_error)?;
     distrust(&connection).map_err(open_error)?;
     // The whole file is mapped: half the cost of a look-up, and pages are shared between connections.
     connection
@@ -335,6 +340,22 @@ mod tests {
             let connection = open_immutable("test", &path).unwrap();
             assert_eq!(property(&connection, "schema").unwrap().unwrap(), name.as_bytes());
         }
+    }
+
+    #[test]
+    fn a_file_without_a_name_is_opened_by_its_descriptor() {
+        use std::os::fd::AsRawFd;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x");
+        let connection = Connection::open(&path).unwrap();
+        connection.execute_batch("CREATE TABLE properties (key TEXT, value TEXT)").unwrap();
+        connection.execute("INSERT INTO properties VALUES ('schema', '2.5')", []).unwrap();
+        drop(connection);
+        let file = fs::File::open(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        let connection =
+            open_immutable("test", Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd()))).unwrap();
+        assert!(Schema::read(&connection, "test").unwrap().is(2.5));
     }
 
     #[test]

@@ -18,6 +18,7 @@ pub mod catalog;
 pub mod chunking;
 pub mod compression;
 mod container;
+mod descriptor_vfs;
 pub mod hash;
 pub mod history;
 pub mod letter;
