@@ -24,8 +24,8 @@ const PACKAGES: [&str; 10] = [
     "libc6-dev",
 ];
 
-/// Tests that mount need root, and the stories start engines: so many at a time.
-const STORY_THREADS: &str = "--test-threads=2";
+/// Tests that mount need root, and the stories start engines: so many at a time, on any machine.
+const THREADS: (&str, &str) = ("RUST_TEST_THREADS", "2");
 
 /// Packages whose very unit tests mount or start engines, and thus need root.
 const NEED_ROOT: [&str; 2] = ["testkit", "overlay"];
@@ -53,24 +53,21 @@ pub fn run(quick: bool) -> Result<()> {
             total.skipped += 1;
         }
     }
-    if !check(&mut total, "binaries", &["build", "--quiet", "--workspace", "--bins"])? {
+    // Everything of one selection of packages, so that their dependencies are built once, with one set of features.
+    let build = if quick { "--bins" } else { "--all-targets" };
+    if !check(&mut total, "binaries", &["build", "--quiet", "--workspace", build])? {
         return finish(total);
     }
-
-    let mut units = vec!["test", "--workspace", "--no-fail-fast", "--exclude", "stories"];
+    let mut selection = vec!["test", "--workspace", "--no-fail-fast"];
     if quick {
         // What stands in `tests/` of a crate mounts, or wants a registry.
-        units.extend(["--lib", "--bins"]);
+        selection.extend(["--lib", "--bins", "--exclude", "stories"]);
         for package in NEED_ROOT {
-            units.extend(["--exclude", package]);
+            selection.extend(["--exclude", package]);
         }
     }
     let mut rows = Rows::default();
-    tests(&mut total, &mut rows, "units", &units)?;
-    if !quick {
-        let stories = ["test", "--package", "stories", "--no-fail-fast", "--", STORY_THREADS];
-        tests(&mut total, &mut rows, "stories", &stories)?;
-    }
+    tests(&mut total, &mut rows, "tests", &selection)?;
     rows.print()?;
     finish(total)
 }
@@ -108,7 +105,11 @@ fn check(total: &mut Total, name: &str, arguments: &[&str]) -> Result<bool> {
 fn tests(total: &mut Total, rows: &mut Rows, name: &str, arguments: &[&str]) -> Result<()> {
     let started = Instant::now();
     println!("== {name}: cargo {}", arguments.join(" "));
-    let mut child = merged(cargo(arguments)).stdout(Stdio::piped()).spawn().context("cannot run cargo")?;
+    let mut child = merged(cargo(arguments))
+        .env(THREADS.0, THREADS.1)
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot run cargo")?;
     let output = child.stdout.take().context("the output is piped")?;
     let mut here = Total::default();
     for line in BufReader::new(output).split(b'\n') {

@@ -104,7 +104,13 @@ impl Client for Mounted {
     }
 
     fn list(&self, path: &str) -> Result<Option<Vec<String>>, Errno> {
-        let Some(entries) = found(std::fs::read_dir(self.path(path)))? else { return Ok(None) };
+        // A link to a directory is none.
+        let path = self.path(path);
+        let is_directory = found(path.symlink_metadata())?.is_some_and(|meta| meta.is_dir());
+        if !is_directory {
+            return Ok(None);
+        }
+        let Some(entries) = found(std::fs::read_dir(path))? else { return Ok(None) };
         let names = entries.map(|entry| Ok(entry.map_err(errno)?.file_name().into_string().unwrap()));
         names.collect::<Result<_, _>>().map(Some)
     }

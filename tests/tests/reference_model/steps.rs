@@ -140,10 +140,14 @@ impl<C: Client> Run<C> {
         match step {
             Step::Publish(edits) => self.site.publish(edits),
             Step::Evict(choice) => {
+                self.wait_for_successor();
                 self.site.evict(*choice);
                 self.known = Known::default();
             }
-            Step::Network(trouble) => self.set_network(*trouble)?,
+            Step::Network(trouble) => {
+                self.wait_for_successor();
+                self.set_network(*trouble)?;
+            }
             Step::Restart => self.restart()?,
             Step::PowerFailure(choice) => {
                 self.open = Default::default();
@@ -161,7 +165,10 @@ impl<C: Client> Run<C> {
             Step::Together(place, readers) => self.together(&self.tree.path(place), *readers)?,
             Step::Race(edits, place) => self.race(edits, place)?,
             Step::Crash => {
-                if let Some(client) = &self.client {
+                // Without its root catalog and without a server a successor can only answer with errors, once callers
+                // have waited long enough; supervision has tests of its own.
+                let is_hopeless = self.trouble.is_some() && !self.known.root;
+                if let Some(client) = self.client.as_ref().filter(|_| !is_hopeless) {
                     client.crash();
                 }
             }
@@ -191,6 +198,7 @@ impl<C: Client> Run<C> {
                 let revision = client.revision();
                 self.client = Some(client);
                 self.moved_to(revision)?;
+                self.known.root = true;
                 if self.trouble.is_none() && revision != self.site.newest() {
                     return Err(format!(
                         "revision {revision} after a start, there is {}",
@@ -206,7 +214,11 @@ impl<C: Client> Run<C> {
 
     fn update(&mut self) -> Result<(), String> {
         let Some(client) = &self.client else { return Ok(()) };
-        let outcome = client.refresh();
+        let mut outcome = client.refresh();
+        while outcome.is_err() && self.trouble.is_none() && self.may_remember() {
+            std::thread::sleep(Duration::from_millis(100));
+            outcome = client.refresh();
+        }
         let revision = client.revision();
         match outcome {
             Ok(()) if revision == self.site.newest() => {}
@@ -227,11 +239,24 @@ impl<C: Client> Run<C> {
         if revision != self.revision {
             self.known.entries.clear();
             self.known.lists.clear();
+            // An update that finds nothing new loads no catalog, not even one that somebody has removed meanwhile.
+            self.known.root = true;
         }
         self.revision = revision;
         self.tree = self.site.tree(revision);
-        self.known.root = true;
         Ok(())
+    }
+
+    /// Who crashed is back before anything is taken away that a start needs.
+    fn wait_for_successor(&self) {
+        if let Some(client) = &self.client {
+            client.revision();
+        }
+    }
+
+    /// Whether the client may still remember a failure of a trouble that is over.
+    fn may_remember(&self) -> bool {
+        self.remembered.is_some_and(|ended| ended.elapsed() < MEMORY)
     }
 
     /// Judges an error: whether it may be, given what is known. Tries again while clients may remember a failure.
@@ -249,8 +274,7 @@ impl<C: Client> Run<C> {
                 }
                 Err(_) if self.trouble.is_some() && !must_succeed => return Ok(None),
                 Err(error) => {
-                    let is_remembered = self.remembered.is_some_and(|ended| ended.elapsed() < MEMORY);
-                    if self.trouble.is_some() || !is_remembered {
+                    if self.trouble.is_some() || !self.may_remember() {
                         return Err(error.to_string());
                     }
                     std::thread::sleep(Duration::from_millis(100));
