@@ -67,6 +67,16 @@ pub enum ClientError {
         /// The contradiction.
         reason: String,
     },
+    /// A directory shows another revision of the repository (repository format §10.2).
+    #[error(
+        "{fqrn}:{path} is a bind mountpoint, which is not supported; mount the revision by CVMFS_REPOSITORY_TAG"
+    )]
+    BindMountpoint {
+        /// The repository.
+        fqrn: String,
+        /// The directory.
+        path: String,
+    },
     /// A catalog query failed.
     #[error(transparent)]
     Catalog(Box<CatalogError>),
@@ -94,6 +104,11 @@ impl ClientError {
         Self::CatalogDamaged { fqrn: fqrn.to_owned(), path: shown(path), reason: reason.to_owned() }
     }
 
+    /// The directory at `path` shows another revision.
+    pub fn bind_mountpoint(fqrn: &str, path: &[u8]) -> Self {
+        Self::BindMountpoint { fqrn: fqrn.to_owned(), path: shown(path) }
+    }
+
     /// A revision older than the one in use was offered.
     pub fn replayed(fqrn: &str, offered: u64, known: u64) -> Self {
         Self::Trust(TrustError::Replayed { fqrn: fqrn.to_owned(), offered, known, breadcrumb: None })
@@ -108,6 +123,7 @@ impl ClientError {
     /// | `ENOSPC` | no room for the object, not even in memory |
     /// | `EMFILE` | no descriptors are left |
     /// | `EROFS` | the object is missing in a cache that takes nothing in |
+    /// | `EOPNOTSUPP` | a directory that shows another revision |
     /// | `EIO` | anything else: the catalog promised data that cannot be had |
     pub fn errno(&self) -> i32 {
         let errno = match self.fetch_error() {
@@ -116,6 +132,7 @@ impl ClientError {
             Some(FetchError::NoSpace { .. }) => Errno::NOSPC,
             Some(FetchError::Local { source, .. }) if is_out_of_descriptors(source) => Errno::MFILE,
             Some(FetchError::Local { source, .. }) if is_read_only(source) => Errno::ROFS,
+            _ if matches!(self, Self::BindMountpoint { .. }) => Errno::OPNOTSUPP,
             _ => Errno::IO,
         };
         errno.raw_os_error()

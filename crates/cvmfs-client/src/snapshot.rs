@@ -24,10 +24,11 @@ use cvmfs_format::{Compression, ContentHash, ObjectKind, ObjectName, PathHash};
 use crate::deadline::Deadline;
 use crate::error::{ClientError, shown};
 use crate::store::{Asked, CacheName, Context, ObjectStore, Pinned};
+use crate::tree::OpenCatalog;
 
-/// Catalogs kept open at a time. Each costs a descriptor, a mapping and the prepared
-/// statements (about 100 KiB); a node runs hundreds of layers, not thousands.
-pub const MAX_OPEN_CATALOGS: usize = 512;
+/// Catalogs kept open at a time. Each costs a descriptor, and prepared statements and cached pages (up to 300 KiB);
+/// a node runs hundreds of layers, not thousands.
+pub const MAX_OPEN_CATALOGS: usize = 256;
 
 /// A row of a catalog together with its path and the catalog it was found in.
 #[derive(Debug, Clone)]
@@ -46,7 +47,7 @@ pub struct AttachedCatalog {
     mountpoint: Box<[u8]>,
     hash: ContentHash,
     size: u64,
-    open: Mutex<Option<Catalog>>,
+    open: Mutex<Option<OpenCatalog>>,
     /// Keeps the file in the cache while the catalog is open.
     pinned: Mutex<Option<Pinned>>,
     link_leaders: OnceLock<HashMap<u32, i64>>,
@@ -448,6 +449,9 @@ impl Snapshot {
         directory: &Located,
         deadline: Deadline,
     ) -> Result<Arc<AttachedCatalog>, ClientError> {
+        if directory.entry.is_bind_mountpoint() {
+            return Err(ClientError::bind_mountpoint(&self.fqrn, &directory.path));
+        }
         if !directory.entry.is_nested_mountpoint() {
             return Ok(directory.catalog.clone());
         }
@@ -491,7 +495,7 @@ impl Snapshot {
         result
     }
 
-    fn load(&self, catalog: &AttachedCatalog, deadline: Deadline) -> Result<Catalog, ClientError> {
+    fn load(&self, catalog: &AttachedCatalog, deadline: Deadline) -> Result<OpenCatalog, ClientError> {
         let name = ObjectName::new(catalog.hash, ObjectKind::Catalog);
         let size = (catalog.size > 0).then_some(catalog.size);
         let context = Context { path: Some(&catalog.mountpoint), ..Context::default() };

@@ -255,3 +255,17 @@ fn row_41_an_unknown_hash_algorithm_is_named_and_closes_its_entry_only() {
     );
     assert_eq!(list(&snapshot, "/b").unwrap(), ["x"]);
 }
+
+#[test]
+fn a_directory_that_shows_another_revision_is_said_to_be_unsupported_and_not_shown_empty() {
+    let tree = Tree::new();
+    let other = tree.catalog("", &["/x"], &[], "");
+    let sql = format!(
+        "INSERT INTO bind_mountpoints VALUES ('/a', '{other}', 0); UPDATE catalog SET flags = 1 | 16384 WHERE name = 'a';"
+    );
+    let snapshot = tree.pin(tree.catalog("", &["/a", "/b"], &[], &sql)).unwrap();
+    let error = list(&snapshot, "/a").unwrap_err();
+    assert!(error.to_string().contains("bind mountpoint") && error.to_string().contains(":/a"), "{error}");
+    assert_eq!(error.errno(), rustix::io::Errno::OPNOTSUPP.raw_os_error());
+    assert_eq!(list(&snapshot, "").unwrap(), ["a", "b"]);
+}

@@ -118,8 +118,21 @@ impl ToSql for Text<'_> {
     }
 }
 
+/// How a complete file is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reading {
+    /// The whole file is mapped: half the cost of a look-up, and pages are shared between connections. What was
+    /// looked at counts as memory of the process.
+    Mapped,
+    /// Page by page through a small cache.
+    Paged,
+}
+
+/// Page cache of a connection that reads page by page, in KiB: the inner pages of an index of a million rows.
+const PAGED_CACHE_KIB: i32 = 128;
+
 /// Opens a complete file for reading; one connection without locks, to be used by one thread at a time.
-pub(crate) fn open_immutable(what: &'static str, path: &Path) -> Result<Connection> {
+pub(crate) fn open_immutable(what: &'static str, path: &Path, reading: Reading) -> Result<Connection> {
     let size = fs::metadata(path)
         .map_err(|source| ContainerError::Access { what, path: path.to_owned(), source })?
         .len();
@@ -132,10 +145,13 @@ pub(crate) fn open_immutable(what: &'static str, path: &Path) -> Result<Connecti
     }
     .map_err(open_error)?;
     distrust(&connection).map_err(open_error)?;
-    // The whole file is mapped: half the cost of a look-up, and pages are shared between connections.
-    connection
-        .pragma_update(None, "mmap_size", i64::try_from(size).unwrap_or(i64::MAX))
-        .map_err(open_error)?;
+    match reading {
+        Reading::Mapped => {
+            connection.pragma_update(None, "mmap_size", i64::try_from(size).unwrap_or(i64::MAX))
+        }
+        Reading::Paged => connection.pragma_update(None, "cache_size", -PAGED_CACHE_KIB),
+    }
+    .map_err(open_error)?;
     connection.pragma_update(None, "temp_store", 2).map_err(open_error)?;
     Ok(connection)
 }
@@ -337,7 +353,7 @@ mod tests {
             connection.execute_batch("CREATE TABLE properties (key TEXT, value TEXT)").unwrap();
             connection.execute("INSERT INTO properties VALUES ('schema', ?1)", [name]).unwrap();
             drop(connection);
-            let connection = open_immutable("test", &path).unwrap();
+            let connection = open_immutable("test", &path, Reading::Mapped).unwrap();
             assert_eq!(property(&connection, "schema").unwrap().unwrap(), name.as_bytes());
         }
     }
@@ -353,8 +369,12 @@ mod tests {
         drop(connection);
         let file = fs::File::open(&path).unwrap();
         fs::remove_file(&path).unwrap();
-        let connection =
-            open_immutable("test", Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd()))).unwrap();
+        let connection = open_immutable(
+            "test",
+            Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd())),
+            Reading::Mapped,
+        )
+        .unwrap();
         assert!(Schema::read(&connection, "test").unwrap().is(2.5));
     }
 
@@ -362,10 +382,12 @@ mod tests {
     fn a_missing_file_and_a_file_that_is_no_database_are_errors() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("x");
-        assert!(matches!(open_immutable("test", &path), Err(ContainerError::Access { .. })));
+        assert!(matches!(open_immutable("test", &path, Reading::Mapped), Err(ContainerError::Access { .. })));
         fs::write(&path, vec![b'x'; 5000]).unwrap();
         assert!(
-            open_immutable("test", &path).and_then(|connection| Schema::read(&connection, "test")).is_err()
+            open_immutable("test", &path, Reading::Mapped)
+                .and_then(|connection| Schema::read(&connection, "test"))
+                .is_err()
         );
     }
 

@@ -123,7 +123,7 @@ pub struct History {
 impl History {
     /// Opens a complete file for reading.
     pub fn open(path: &Path) -> Result<Self> {
-        Self::from_connection(container::open_immutable(WHAT, path)?, false)
+        Self::from_connection(container::open_immutable(WHAT, path, container::Reading::Mapped)?, false)
     }
 
     /// Creates the history of a new repository in a new file, without tags.

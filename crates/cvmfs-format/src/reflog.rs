@@ -108,7 +108,7 @@ const WRITING: &str = "write the reflog";
 impl Reflog {
     /// Opens a complete file for reading.
     pub fn open(path: &Path) -> Result<Self> {
-        Self::from_connection(container::open_immutable(WHAT, path)?, false)
+        Self::from_connection(container::open_immutable(WHAT, path, container::Reading::Mapped)?, false)
     }
 
     /// Creates an empty reflog in a new file.

@@ -9,7 +9,7 @@ use time::{Date, Month, OffsetDateTime};
 
 use crate::hash::{ContentHash, shown};
 use crate::letter::MAX_LETTER;
-use crate::signature::Certificate;
+use crate::signature::{Authorities, Certificate, ChainError};
 
 /// An hour in UTC, the granularity at which whitelists expire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -110,9 +110,12 @@ pub enum WhitelistError {
     /// The list can be verified by PKCS#7 only.
     #[error("whitelist asks for PKCS#7 verification, which is not supported")]
     Pkcs7,
-    /// The list demands a certificate chain.
-    #[error("whitelist asks for verification of the certificate chain, which is not supported")]
+    /// The list demands a certificate chain, and the caller has no authorities to verify it.
+    #[error("whitelist asks for verification of the certificate chain, which is not supported here")]
     CaChain,
+    /// The list demands a certificate chain, and it does not hold.
+    #[error("whitelist asks for a certificate of a trusted authority: {0}")]
+    Chain(#[from] ChainError),
     /// The certificate is not listed.
     #[error("certificate not on whitelist (fingerprint {0})")]
     NotListed(String),
@@ -163,8 +166,24 @@ impl Whitelist {
         self.fingerprints.iter().any(|listed| certificate.fingerprint(listed.algorithm) == *listed)
     }
 
-    /// Applies all checks but the signature's: name, expiry, unsupported demands, certificate.
+    /// Applies all checks but the signature's: name, expiry, unsupported demands, certificate. A list that demands
+    /// a certificate of a trusted authority is refused, see [`Whitelist::check_with`].
     pub fn check(&self, fqrn: &str, unix_now: i64, certificate: &Certificate) -> Result<(), WhitelistError> {
+        if self.ca_chain {
+            return Err(WhitelistError::CaChain);
+        }
+        self.check_with(fqrn, unix_now, certificate, &Authorities::new)
+    }
+
+    /// As [`Whitelist::check`]; where the list demands it, the certificate must also be issued by one of the
+    /// authorities, which are asked for only then.
+    pub fn check_with(
+        &self,
+        fqrn: &str,
+        unix_now: i64,
+        certificate: &Certificate,
+        authorities: &dyn Fn() -> Authorities,
+    ) -> Result<(), WhitelistError> {
         if self.fqrn != fqrn {
             return Err(WhitelistError::WrongName {
                 found: shown(self.fqrn.as_bytes()),
@@ -177,12 +196,12 @@ impl Whitelist {
         if self.pkcs7 {
             return Err(WhitelistError::Pkcs7);
         }
-        if self.ca_chain {
-            return Err(WhitelistError::CaChain);
-        }
         if !self.lists(certificate) {
             let algorithm = self.fingerprints.first().map(|listed| listed.algorithm).unwrap_or_default();
             return Err(WhitelistError::NotListed(certificate.fingerprint(algorithm).to_fingerprint()));
+        }
+        if self.ca_chain {
+            authorities().verify(certificate, unix_now)?;
         }
         Ok(())
     }

@@ -9,7 +9,7 @@
 const THRESHOLD: libc::c_int = 1 << 20;
 
 /// Fixes the size from which allocations are mappings of their own. Called before any thread starts.
-pub(crate) fn return_large_buffers() {
+pub fn return_large_buffers() {
     // SAFETY: mallopt takes two integers, touches nothing but the allocator's settings, and no other thread runs yet.
     // A failure (it returns 0) leaves the default, which costs memory only.
     unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, THRESHOLD) };

@@ -17,8 +17,10 @@
 //! | [`diff`] | what differs between two revisions |
 //! | [`collect`] | garbage collection |
 //! | [`mod@check`] | verification of a whole repository |
+//! | [`allocator`] | what programs that publish set before anything else |
 //! | [`serve`] | a static HTTP server for trials |
 
+pub mod allocator;
 mod apply;
 pub mod check;
 pub mod collect;

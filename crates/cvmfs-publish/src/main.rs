@@ -1,6 +1,5 @@
 //! The command `cvmfs-publish`, see `cvmfs-publish --help`.
 
-mod allocator;
 mod cli;
 mod progress;
 mod run;
@@ -14,7 +13,7 @@ use tracing_subscriber::EnvFilter;
 use cli::{Cli, Common, LogFormat};
 
 fn main() -> ExitCode {
-    allocator::return_large_buffers();
+    cvmfs_publish::allocator::return_large_buffers();
     let cli = Cli::parse();
     if let Err(reason) = start_log(&cli.common) {
         eprintln!("error: --log-level: {reason}");

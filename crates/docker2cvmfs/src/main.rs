@@ -3,5 +3,6 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    cvmfs_publish::allocator::return_large_buffers();
     docker2cvmfs::cli::run()
 }

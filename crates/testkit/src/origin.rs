@@ -8,7 +8,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,6 +17,8 @@ use anyhow::{Context as _, Result};
 
 /// Longest head of a request that is read; ordinary ones have some hundred bytes.
 const HEAD_LIMIT: u64 = 64 * 1024;
+/// Longest wait for answers under way before the record is shown.
+const SETTLE_LIMIT: Duration = Duration::from_millis(500);
 
 /// What goes wrong with an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -104,6 +106,8 @@ struct Shared {
     root: PathBuf,
     faults: Mutex<Vec<Rule>>,
     requests: Mutex<Vec<Request>>,
+    /// Answers that are being sent and are not in `requests` yet; those that are held back do not count.
+    answering: AtomicUsize,
     open: Mutex<HashMap<u64, TcpStream>>,
     connections: AtomicU64,
     stopping: AtomicBool,
@@ -130,6 +134,7 @@ impl Origin {
             root: directory.as_ref().to_owned(),
             faults: Mutex::default(),
             requests: Mutex::default(),
+            answering: AtomicUsize::new(0),
             open: Mutex::default(),
             connections: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
@@ -169,13 +174,16 @@ impl Origin {
         lock(&self.shared.faults).clear();
     }
 
-    /// All requests so far, in the order in which their answers ended.
+    /// All requests so far, in the order in which their answers ended. Each answer that a client has received
+    /// wholly is among them.
     pub fn requests(&self) -> Vec<Request> {
+        self.shared.settle();
         lock(&self.shared.requests).clone()
     }
 
     /// Forgets the requests so far.
     pub fn clear_requests(&self) {
+        self.shared.settle();
         lock(&self.shared.requests).clear();
     }
 
@@ -186,6 +194,7 @@ impl Origin {
 
     /// Sum of the body bytes sent so far.
     pub fn bytes_sent(&self) -> u64 {
+        self.shared.settle();
         lock(&self.shared.requests).iter().map(|request| request.sent).sum()
     }
 }
@@ -232,9 +241,11 @@ impl Shared {
             request.turn = turn;
             turn += 1;
             let fault = self.fault_for(&request.path);
+            self.answering.fetch_add(1, Ordering::SeqCst);
             let keep = self.answer(stream, &mut request, fault);
             let last = request.last;
             lock(&self.requests).push(request);
+            self.answering.fetch_sub(1, Ordering::SeqCst);
             if last || !keep? || self.stopping.load(Ordering::SeqCst) {
                 break;
             }
@@ -424,12 +435,23 @@ impl Shared {
         inside.then(|| self.root.join(relative)).filter(|path| path.is_file())
     }
 
+    /// Waits until what has been sent is in the record as well. A client that does not read its answer, or gets one
+    /// without end, is not waited for.
+    fn settle(&self) {
+        let started = Instant::now();
+        while self.answering.load(Ordering::SeqCst) > 0 && started.elapsed() < SETTLE_LIMIT {
+            thread::sleep(Duration::from_micros(200));
+        }
+    }
+
     /// Sleeps, but wakes when the server ends.
     fn wait(&self, time: Duration) {
+        self.answering.fetch_sub(1, Ordering::SeqCst);
         let started = Instant::now();
         while started.elapsed() < time && !self.stopping.load(Ordering::SeqCst) {
             thread::sleep(time.saturating_sub(started.elapsed()).min(Duration::from_millis(20)));
         }
+        self.answering.fetch_add(1, Ordering::SeqCst);
     }
 }
 
@@ -580,10 +602,6 @@ mod tests {
         let mut stream = TcpStream::connect(origin.address()).unwrap();
         assert_eq!(ask(&mut stream, "/file"), "0123456789");
         assert_eq!(ask(&mut stream, "http://example.org/file"), "0123456789");
-        let deadline = Instant::now() + Duration::from_secs(5);
-        while origin.requests().len() < 2 && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(1));
-        }
         let requests = origin.requests();
         assert_eq!(requests.len(), 2);
         assert!(requests[1].absolute && requests[1].path == "/file");

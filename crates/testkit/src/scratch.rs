@@ -84,7 +84,18 @@ pub fn remove(path: &Path) {
         eprintln!("{} stays: something below it could not be unmounted", path.display());
         return;
     }
-    if let Err(error) = std::fs::remove_dir_all(path)
+    // A process that ends just now may still make files in it.
+    let mut outcome = std::fs::remove_dir_all(path);
+    for _ in 0..40 {
+        match &outcome {
+            Err(error) if error.kind() == std::io::ErrorKind::DirectoryNotEmpty => {
+                std::thread::sleep(std::time::Duration::from_millis(25));
+                outcome = std::fs::remove_dir_all(path);
+            }
+            _ => break,
+        }
+    }
+    if let Err(error) = outcome
         && error.kind() != std::io::ErrorKind::NotFound
     {
         eprintln!("{} could not be removed wholly: {error}", path.display());

@@ -142,7 +142,7 @@ const PARAMETERS: &[(&str, Support)] = &[
     ("CVMFS_TRACEBUFFER", NotSupported),
     ("CVMFS_TRACEBUFFER_THRESHOLD", NotSupported),
     ("CVMFS_TRACEFILE", NotSupported),
-    ("CVMFS_TRUSTED_CERTS", NotSupported),
+("CVMFS_TRUSTED_CERTS", Honoured),
     ("CVMFS_UID_MAP", Honoured),
     ("CVMFS_USER", NotSupported),
     ("CVMFS_USE_CDN", SHELL),

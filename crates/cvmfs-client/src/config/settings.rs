@@ -30,6 +30,8 @@ pub struct ClientSettings {
     pub cache_directory: PathBuf,
     /// The cache, of which that is a part.
     pub cache: CacheSettings,
+    /// Directories of certificate authorities, for whitelists that demand one.
+    pub authorities: Vec<PathBuf>,
     /// Which revision is wanted.
     pub selection: Selection,
     /// Whether the root catalog of a fixed revision is fetched from its alternative path.
@@ -69,6 +71,7 @@ impl ClientSettings {
             blacklists: blacklists(config),
             cache_directory,
             cache,
+            authorities: authorities(config),
             selection: revision_settings::selection(config)?,
             alternative_root: config.switch("CVMFS_ALT_ROOT_PATH", false)?,
             authorization: authorization_settings::authorization(config)?,
@@ -124,6 +127,13 @@ fn public_keys(config: &Config) -> Result<Vec<PathBuf>, ConfigError> {
         return Err(ConfigError::NoKeys { fqrn: config.fqrn().to_owned(), directory, origin });
     }
     Ok(keys)
+}
+
+/// `CVMFS_TRUSTED_CERTS` and `X509_CERT_DIR` are lists separated by ':'.
+fn authorities(config: &Config) -> Vec<PathBuf> {
+    let given = ["CVMFS_TRUSTED_CERTS", "X509_CERT_DIR"].into_iter().find_map(|name| set(config, name));
+    let value = given.map_or("/etc/grid-security/certificates", |setting| setting.value.as_str());
+    value.split(':').filter(|path| !path.is_empty()).map(|path| config.resolve_path(path)).collect()
 }
 
 /// The local blacklist, and the configuration repository's (repository format §6.3).

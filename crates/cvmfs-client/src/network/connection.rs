@@ -144,9 +144,16 @@ fn drive(driver: &mut Pin<Box<Driver>>, ended: &mut bool, context: &mut Context<
 /// The idle connections.
 #[derive(Debug)]
 pub(super) struct Pool {
-    idle: Mutex<VecDeque<Idle>>,
+    idle: Mutex<Resting>,
     most: usize,
     handle: Handle,
+}
+
+#[derive(Debug, Default)]
+struct Resting {
+    connections: VecDeque<Idle>,
+    /// Somebody will close what is idle for too long.
+    is_swept: bool,
 }
 
 #[derive(Debug)]
@@ -167,8 +174,9 @@ impl Pool {
             // The one that was used last is the least likely to have been forgotten.
             let mut idle = {
                 let mut idle = self.lock();
-                let index = idle.iter().rposition(|idle| idle.destination == *destination)?;
-                idle.remove(index)?
+                let is_wanted = |idle: &Idle| idle.destination == *destination;
+                let index = idle.connections.iter().rposition(is_wanted)?;
+                idle.connections.remove(index)?
             };
             if idle.since.elapsed() < POOL_IDLE && idle.connection.is_reusable() {
                 idle.connection.reused = true;
@@ -183,35 +191,37 @@ impl Pool {
             return;
         }
         let mut idle = self.lock();
-        let first = idle.is_empty();
-        if idle.len() >= self.most {
-            idle.pop_front();
+        if idle.connections.len() >= self.most {
+            idle.connections.pop_front();
         }
-        idle.push_back(Idle { destination, connection, since: Instant::now() });
+        idle.connections.push_back(Idle { destination, connection, since: Instant::now() });
+        let was_swept = std::mem::replace(&mut idle.is_swept, true);
         drop(idle);
-        if first {
+        if !was_swept {
             self.handle.spawn(sweep(Arc::downgrade(self)));
         }
     }
 
     /// Closes all idle connections to `destination`: one of them turned out to be forgotten, so the others are.
     pub(super) fn forget(&self, destination: &Destination) {
-        self.lock().retain(|idle| idle.destination != *destination);
+        self.lock().connections.retain(|idle| idle.destination != *destination);
     }
 
-    fn lock(&self) -> MutexGuard<'_, VecDeque<Idle>> {
+    fn lock(&self) -> MutexGuard<'_, Resting> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Closes connections that were idle for too long, until none is left.
+/// Closes connections that were idle for too long, until none is left. There is one such task at most: one for each
+/// time that the only connection comes back would be a wake-up of another thread for each request.
 async fn sweep(pool: Weak<Pool>) {
     loop {
         tokio::time::sleep(POOL_IDLE / 2).await;
         let Some(pool) = pool.upgrade() else { return };
         let mut idle = pool.lock();
-        idle.retain(|idle| idle.since.elapsed() < POOL_IDLE);
-        if idle.is_empty() {
+        idle.connections.retain(|idle| idle.since.elapsed() < POOL_IDLE);
+        if idle.connections.is_empty() {
+            idle.is_swept = false;
             return;
         }
     }

@@ -13,7 +13,7 @@ use cvmfs_format::signature::{Certificate, MasterKeys};
 use cvmfs_format::whitelist::Whitelist;
 
 use super::blacklist::Blacklist;
-use super::{TrustError, Trusted, record};
+use super::{TrustError, Trusted, authorities, record};
 use crate::cache::CachedFile;
 use crate::clock::Clock;
 use crate::config::ClientSettings;
@@ -84,7 +84,8 @@ impl Chain<'_> {
         let whitelist = self.whitelist()?;
         self.blacklist.check(fqrn, manifest.revision, &certificate)?;
         let refused = |source| TrustError::Whitelist { fqrn: fqrn.clone(), source };
-        whitelist.check(fqrn, self.clock.unix(), &certificate).map_err(refused)?;
+        let authorities = || authorities::load(&self.settings.authorities);
+        whitelist.check_with(fqrn, self.clock.unix(), &certificate, &authorities).map_err(refused)?;
 
         if root == Root::Accept && known.is_none_or(|known| known != manifest.breadcrumb()) {
             self.require_readable_root(&manifest)?;

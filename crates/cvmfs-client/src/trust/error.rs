@@ -184,7 +184,7 @@ impl TrustError {
         match self {
             Self::Unavailable { what, .. } => *what == WHITELIST,
             Self::Key { .. } | Self::Blacklist { .. } => false,
-            Self::Whitelist { source: WhitelistError::NotListed(_), .. } => false,
+            Self::Whitelist { source: WhitelistError::NotListed(_) | WhitelistError::Chain(_), .. } => false,
             Self::CertificateBlacklisted { .. } | Self::RevisionBlacklisted { .. } => false,
             Self::NoHistory { .. } | Self::NotTagged { .. } => false,
             _ => true,

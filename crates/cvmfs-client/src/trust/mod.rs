@@ -18,6 +18,7 @@
 //! [`verify_or_last_good`] falls back to the breadcrumb, so that a mount works while no server answers, or while they
 //! serve what cannot be trusted: the last good revision stays good. What an administrator has blacklisted does not.
 
+mod authorities;
 mod blacklist;
 mod chain;
 mod error;

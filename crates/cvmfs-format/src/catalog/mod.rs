@@ -23,7 +23,7 @@ pub use self::entry::{Chunk, Entry, EntryFlags, EntryKind, MAX_NAME, MAX_SYMLINK
 pub use self::reader::{Catalog, NestedCatalog};
 pub use self::writer::CatalogWriter;
 use crate::container::ContainerError;
-pub use crate::container::Schema;
+pub use crate::container::{Reading, Schema};
 use crate::hash::PathHash;
 
 /// Schema number of the catalogs this crate writes, and the newest it reads.

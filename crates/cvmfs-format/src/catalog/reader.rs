@@ -11,7 +11,7 @@ use super::counters::{Counters, Counts};
 use super::entry::{Chunk, Entry};
 use super::{CatalogError, Result, SCHEMA, rows};
 use crate::container::{
-    ContainerError, Doing, Schema, Text, has_table, hash_property, integer_property, open_immutable,
+    ContainerError, Doing, Reading, Schema, Text, has_table, hash_property, integer_property, open_immutable,
     property, require_table,
 };
 use crate::hash::{ContentHash, HashAlgorithm, PathHash, shown};
@@ -73,9 +73,14 @@ pub struct NestedCatalog {
 }
 
 impl Catalog {
-    /// Opens a complete catalog file. The file must not be changed while it is open.
+    /// Opens a complete catalog file, mapped. The file must not be changed while it is open.
     pub fn open(path: &Path) -> Result<Self> {
-        Self::from_connection(open_immutable(WHAT, path)?, Access::Read)
+        Self::open_as(path, Reading::Mapped)
+    }
+
+    /// Opens a complete catalog file. The file must not be changed while it is open.
+    pub fn open_as(path: &Path, reading: Reading) -> Result<Self> {
+        Self::from_connection(open_immutable(WHAT, path, reading)?, Access::Read)
     }
 
     pub(super) fn from_connection(connection: Connection, access: Access) -> Result<Self> {

@@ -73,6 +73,10 @@ impl Certificate {
         &self.subject
     }
 
+    pub(super) fn der(&self) -> &[u8] {
+        &self.der
+    }
+
     pub(super) fn key(&self) -> &rsa::PublicKey {
         &self.key
     }

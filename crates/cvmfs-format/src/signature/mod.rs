@@ -9,6 +9,7 @@
 //! the manifest, which names all content by hash. Validity dates of certificates are not checked: the whitelist's
 //! expiry takes their place.
 
+mod authorities;
 mod certificate;
 mod generate;
 mod private_key;
@@ -17,6 +18,7 @@ use rsa::Pkcs1v15Sign;
 use rsa::pkcs1::DecodeRsaPublicKey;
 use rsa::pkcs8::DecodePublicKey;
 
+pub use self::authorities::{Authorities, ChainError};
 pub use self::certificate::Certificate;
 pub use self::generate::{KeyChain, generate_keys};
 pub use self::private_key::PrivateKey;
