@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use testkit::process::{Finished, run};
-use testkit::{Fault, Fixture, Origin, binary};
+use testkit::{Fault, Fixture, Origin, ScratchDir, binary};
 
 /// The check's own bounds are shorter; the machine may be busy.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -178,4 +178,56 @@ fn the_findings_are_one_json_document() {
     );
     let findings = document["findings"].as_array().unwrap();
     assert!(findings.iter().all(|one| one["state"] == "ok" && one["subject"].is_string()), "{document}");
+}
+
+#[test]
+fn a_configuration_file_may_be_named_from_the_current_directory() {
+    let stage = Stage::new("basic-sha1");
+    let config = stage.fixture.client_config(&stage.origin.url()).unwrap();
+    let mountpoint = ScratchDir::new("relative").unwrap();
+    let client = |arguments: &[&str]| {
+        let mut command = Command::new(binary("cvmfs-client"));
+        command.args(arguments).current_dir(config.parent().unwrap());
+        run(command, PATIENCE).unwrap()
+    };
+    let option = format!("config={}", config.file_name().unwrap().to_str().unwrap());
+    let place = mountpoint.path().to_str().unwrap();
+    client(&["mount", &stage.fixture.fqrn, place, "-o", &option]).success().unwrap();
+    client(&["umount", place]).success().unwrap();
+}
+
+#[test]
+fn a_mount_that_fails_at_the_servers_names_the_check_that_tells_more() {
+    let fixture = Fixture::unpack("bad-whitelist-sig").unwrap();
+    let origin = Origin::serve(&fixture.storage).unwrap();
+    let config = fixture.client_config(&origin.url()).unwrap();
+    let mountpoint = ScratchDir::new("untrusted").unwrap();
+    let mut command = Command::new(binary("cvmfs-client"));
+    command.args(["mount", &fixture.fqrn]).arg(mountpoint.path());
+    command.arg("-o").arg(format!("config={}", config.display()));
+    let finished = run(command, PATIENCE).unwrap();
+    assert_eq!(finished.code(), Some(3), "{}", finished.output());
+    let check = format!("`cvmfs-client check {} -o config={}`", fixture.fqrn, config.display());
+    assert!(finished.stderr.contains(&check), "{}", finished.output());
+    let reason = "invalid whitelist signature";
+    assert_eq!(finished.stderr.matches(reason).count(), 1, "told once: {}", finished.output());
+}
+
+#[test]
+fn a_reader_that_goes_away_ends_the_command_without_a_word() {
+    let mut command = Command::new("sh");
+    let script =
+        "for verb in status metrics; do \"$0\" $verb | true; \"$0\" config x.example.org | true; done";
+    command.args(["-c", script]).arg(binary("cvmfs-client"));
+    let finished = run(command, PATIENCE).unwrap();
+    assert!(!finished.stderr.contains("panicked"), "{}", finished.output());
+}
+
+#[test]
+fn a_misspelt_log_level_is_wrong_usage() {
+    let mut command = Command::new(binary("cvmfs-client"));
+    command.args(["--log-level", "bogus", "status"]);
+    let finished = run(command, PATIENCE).unwrap();
+    assert_eq!(finished.code(), Some(2), "{}", finished.output());
+    assert!(finished.stderr.contains("debug"), "it names the levels: {}", finished.output());
 }

@@ -8,7 +8,8 @@ mod common;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use common::{Overlay, assert_same, layer_content, unpack_layers};
-use testkit::{Fixture, MountBuilder, Origin, TreeEntry, compare, walk_tree};
+use testkit::tar::TarBuilder;
+use testkit::{Fixture, MountBuilder, Origin, Published, TreeEntry, compare, walk_tree};
 
 const LAYER1: &str = ".layers/35/35d1292a7e7f8b32a4436488b407e7273c04827f5aa9cbd09c568b5d165bb12d/layerfs";
 const LAYER2: &str = ".layers/2d/2df6ce4965948becf21f004d9c3875fc1e5b39aa36c74c5f9fbfb4b686d2003c/layerfs";
@@ -52,4 +53,36 @@ fn two_layers_of_a_foreign_publisher_give_the_tree_that_an_engine_unpacks() {
         &comparable(&walk_tree(reference.path().join("root"))),
         &comparable(&walk_tree(overlay.path())),
     ));
+}
+
+#[test]
+fn links_of_an_image_are_shown_as_they_are_and_tell_nothing_of_the_node() {
+    let repository = Published::create("links.example.org").unwrap();
+    let tar = TarBuilder::new()
+        .symlink("secret", "$(MY_SECRET)")
+        .symlink("proxy", "$(CVMFS_HTTP_PROXY)/x")
+        .symlink("plain", "/usr/bin")
+        .finish();
+    repository.ingest("layer", &tar, &["--catalog"]).unwrap();
+    let config = repository.client_config().unwrap();
+    let mount = |option: &str| {
+        MountBuilder::new(&repository.fqrn, &config)
+            .option(option)
+            .environment("MY_SECRET", "s3cret")
+            .option("CVMFS_PROXY_RESET_AFTER=60")
+            .mount()
+            .unwrap()
+    };
+    let layers = mount("layer_view");
+    for (name, target) in
+        [("secret", "$(MY_SECRET)"), ("proxy", "$(CVMFS_HTTP_PROXY)/x"), ("plain", "/usr/bin")]
+    {
+        let path = layers.path().join("layer").join(name);
+        assert_eq!(std::fs::read_link(&path).unwrap().to_str(), Some(target));
+        assert_eq!(std::fs::symlink_metadata(&path).unwrap().len(), target.len() as u64);
+    }
+    layers.unmount().unwrap();
+    // Without the layer view they are variant links.
+    let plain = mount("cvmfs_suid");
+    assert_eq!(std::fs::read_link(plain.path().join("layer/secret")).unwrap().to_str(), Some("s3cret"));
 }

@@ -97,7 +97,13 @@ fn only_one_file_fails(name: &str) {
     );
     differences.retain(|line| !line.starts_with("/sizes/rnd100001: "));
     assert_same(&differences);
-    assert!(mount.status().unwrap()["io_errors"].as_u64().unwrap() > 0);
+    let status = mount.status().unwrap();
+    assert!(status["io_errors"].as_u64().unwrap() > 0);
+    // Whoever is called for it finds file, object and error in one place.
+    let told = status["errors"][0].as_str().unwrap();
+    for word in ["/sizes/rnd100001", "3d72c5e9f9eada6d4a607a4b304a1e7f4b1d0f6e", "EIO"] {
+        assert!(told.contains(word), "no {word} in {told}");
+    }
     assert_says(&mount.log_text(), &["3d72c5e9f9eada6d4a607a4b304a1e7f4b1d0f6e"]);
 }
 

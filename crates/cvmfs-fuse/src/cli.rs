@@ -16,6 +16,7 @@ use cvmfs_client::config::{Config, ProcessSettings};
 use cvmfs_client::error::ClientError;
 
 use crate::control;
+use crate::filesystem::chain;
 use crate::launch::{self, MountError, MountRequest};
 use crate::logging::redaction::redacted;
 use crate::mount_helper;
@@ -43,7 +44,7 @@ const TALK_TIMEOUT: Duration = Duration::from_secs(60);
 )]
 struct Cli {
     /// Which log lines are written: error, warn, info, debug, trace.
-    #[arg(long, global = true, default_value = "info", value_name = "LEVEL")]
+    #[arg(long, global = true, default_value = "info", value_name = "LEVEL", value_parser = crate::logging::level)]
     log_level: String,
     /// Form of the log lines.
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
@@ -168,6 +169,9 @@ pub fn main() -> ExitCode {
         _ => {}
     }
     let cli = Cli::parse();
+    if !matches!(cli.verb, Verb::Mount(_)) {
+        crate::syscall::end_with_reader();
+    }
     let outcome = match &cli.verb {
         Verb::Mount(arguments) => mount(&cli, arguments),
         Verb::Umount { mountpoint, lazy } => umount(&cli, mountpoint, *lazy),
@@ -184,8 +188,16 @@ pub fn main() -> ExitCode {
     match outcome {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("cvmfs-client: {}", redacted(&format!("{error:#}")));
-            ExitCode::from(exit_code(&error))
+            let code = exit_code(&error);
+            eprintln!("cvmfs-client: {}", redacted(&chain(error.as_ref())));
+            // What servers and publishers did wrong needs a look at every part.
+            if let (Verb::Mount(arguments), 3..=5) = (&cli.verb, code) {
+                let options: Vec<_> =
+                    arguments.options.iter().map(|option| format!(" -o {option}")).collect();
+                let check = redacted(&format!("cvmfs-client check {}{}", arguments.fqrn, options.concat()));
+                eprintln!("cvmfs-client: `{check}` looks at every part and says what to do");
+            }
+            ExitCode::from(code)
         }
     }
 }

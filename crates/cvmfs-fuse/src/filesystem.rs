@@ -348,10 +348,19 @@ impl Mount {
             tracing::debug!(what, path, name, "the caller was interrupted");
             return;
         }
-        let unix = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        self.statistics.count_io_error(errno, unix.as_secs().cast_signed());
-        tracing::error!(what, path, name, errno, error = %chain(error), "request failed");
+        let reason = chain(error);
+        let slash = if name.is_empty() { "" } else { "/" };
+        let place = format!("{path}{slash}{name}");
+        let place = if place.is_empty() { "/" } else { place.as_str() };
+        self.statistics.count_io_error(errno, unix_now(), &format!("{what} of {place}: {reason}"));
+        tracing::error!(what, path, name, errno, error = %reason, "request failed");
     }
+}
+
+/// Seconds since 1970.
+fn unix_now() -> i64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.unwrap_or_default().as_secs().cast_signed()
 }
 
 /// What a READDIR asks for.
@@ -412,13 +421,16 @@ fn printable(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// An error with its causes in one line.
+/// An error with its causes in one line, each told once: some errors name their cause themselves.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
+        let told = cause.to_string();
+        if !text.contains(&told) {
+            text.push_str(": ");
+            text.push_str(&told);
+        }
         source = cause.source();
     }
     text

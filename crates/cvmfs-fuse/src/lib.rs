@@ -19,6 +19,7 @@ pub mod cli;
 mod content;
 pub mod control;
 mod dispatch;
+mod failures;
 mod filesystem;
 mod handles;
 mod in_flight;

@@ -63,6 +63,15 @@ pub(crate) fn check_settings(config: &Config) -> Result<(), ConfigError> {
     LogSettings::from(config).map(drop)
 }
 
+/// Checks the level of a command line: one of the five, or filters such as `info,cvmfs_client=debug`.
+pub(crate) fn level(text: &str) -> Result<String, String> {
+    let is_level = text.parse::<tracing::level_filters::LevelFilter>().is_ok();
+    if is_level || (text.contains('=') && EnvFilter::try_new(text).is_ok()) {
+        return Ok(text.to_owned());
+    }
+    Err("expected error, warn, info, debug or trace".to_owned())
+}
+
 fn main_layer(request: &MountRequest) -> io::Result<BoxedLayer> {
     let filter =
         EnvFilter::try_new(quiet(&request.log_level)).unwrap_or_else(|_| EnvFilter::new(quiet("info")));

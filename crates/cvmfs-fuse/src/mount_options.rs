@@ -86,10 +86,15 @@ impl MountOptions {
     pub(crate) fn sources(&self, directory: &Path) -> ConfigSources {
         ConfigSources {
             directory: directory.to_owned(),
-            files: self.files.clone(),
+            // The process that holds the mount works in another directory.
+            files: self.files.as_ref().map(|files| files.iter().map(|file| absolute(file)).collect()),
             overrides: self.overrides.clone(),
         }
     }
+}
+
+fn absolute(file: &Path) -> PathBuf {
+    std::path::absolute(file).unwrap_or_else(|_| file.to_owned())
 }
 
 fn split(list: &str) -> Vec<String> {

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use crate::failures::Failures;
 use crate::protocol::request;
 
 /// Operations that are counted one by one, by [`request::name`].
@@ -53,6 +54,8 @@ pub(crate) struct Statistics {
     opened_files: AtomicU64,
     opened_directories: AtomicU64,
     open_directories: AtomicI64,
+    /// What failed last, in words.
+    failures: Failures,
 }
 
 /// Counters of a mount at one moment.
@@ -103,6 +106,7 @@ impl Statistics {
             opened_files: AtomicU64::new(0),
             opened_directories: AtomicU64::new(0),
             open_directories: AtomicI64::new(0),
+            failures: Failures::default(),
         }
     }
 
@@ -125,8 +129,9 @@ impl Statistics {
         }
     }
 
-    /// Counts a failure that is not the caller's own.
-    pub(crate) fn count_io_error(&self, errno: i32, unix: i64) {
+    /// Counts a failure that is not the caller's own; `what` says which object, and why.
+    pub(crate) fn count_io_error(&self, errno: i32, unix: i64, what: &str) {
+        self.failures.note(format!("{what} ({})", error_name(errno)), unix);
         self.io_errors.fetch_add(1, Relaxed);
         self.last_io_error.store(unix, Relaxed);
         let mut errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
@@ -156,10 +161,16 @@ impl Statistics {
         self.open_directories.fetch_sub(1, Relaxed);
     }
 
+    /// The failures of the last hour in words, the newest first.
+    pub(crate) fn recent_failures(&self, unix: i64) -> Vec<String> {
+        self.failures.recent(unix)
+    }
+
     /// Sets the counters of errors back to zero, as an administrator asked for.
     pub(crate) fn reset_errors(&self) {
         self.io_errors.store(0, Relaxed);
         self.last_io_error.store(0, Relaxed);
+        self.failures.clear();
         self.errors.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
@@ -234,7 +245,7 @@ mod tests {
         statistics.record_latency(opcode::LOOKUP, Duration::from_nanos(500));
         statistics.record_latency(opcode::LOOKUP, Duration::from_micros(5));
         statistics.record_latency(opcode::READ, Duration::from_secs(10_000));
-        statistics.count_io_error(libc::EIO, 1000);
+        statistics.count_io_error(libc::EIO, 1000, "content of /a: lost");
         let now = statistics.snapshot();
         let expected = BTreeMap::from([("lookup", 1), ("forget", 2), (RELEASEDIR, 1), ("other", 1)]);
         assert_eq!(now.calls, expected);

@@ -109,6 +109,12 @@ pub(crate) fn signal_descriptor() -> io::Result<OwnedFd> {
     }
 }
 
+/// From now on this process ends, as other commands do, when nobody reads what it prints.
+pub(crate) fn end_with_reader() {
+    // SAFETY: the default action of a signal needs no handler, and no other thread runs yet.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
+
 /// Unblocks the signals that a parent's [`signal_descriptor`] blocked: the mask is inherited.
 pub(crate) fn unblock_signals() {
     // SAFETY: the set is initialised by sigemptyset; changing the own thread's mask has no memory effects.

@@ -284,6 +284,10 @@ impl View {
     }
 
     fn expanded(&self, target: &[u8]) -> Vec<u8> {
+        if self.layer_view {
+            // An image's links are the image's business, and this process' environment is not a container's.
+            return target.to_vec();
+        }
         cvmfs_client::variant::expand(target, &|name| {
             use std::os::unix::ffi::{OsStrExt, OsStringExt};
             let environment = std::env::var_os(std::ffi::OsStr::from_bytes(name)).map(OsStringExt::into_vec);

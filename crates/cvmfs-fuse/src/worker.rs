@@ -214,9 +214,12 @@ fn settings_from(request: &MountRequest, config: Config) -> Result<Settings, Fai
         writable: kernel.writable,
     };
     let settings = config.iter().map(|(key, setting)| (key.to_owned(), setting.value.clone())).collect();
+    // Whoever publishes may name them in a link, and whoever reads the link sees them.
     let parameters = config
         .iter()
-        .map(|(key, setting)| (key.as_bytes().to_vec(), setting.value.clone().into_bytes()))
+        .map(|(key, setting)| {
+            (key.as_bytes().to_vec(), logging::redaction::redacted(&setting.value).into_bytes())
+        })
         .collect();
     let prepared = Prepared { flags, settings };
     Ok(Settings { config, client, kernel, observed, parameters, prepared })

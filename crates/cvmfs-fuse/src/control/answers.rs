@@ -185,7 +185,8 @@ impl Context {
         let (cache, cache_error) = self.cache.state(mount);
         let chosen = mount.content.chosen();
         let counted = mount.call_statistics();
-        let wrong = known.refused.into_iter().chain(known.last_error).chain(cache_error);
+        let failures = mount.statistics.recent_failures(unix(SystemTime::now()));
+        let wrong = known.refused.into_iter().chain(known.last_error).chain(cache_error).chain(failures);
         let errors = wrong.map(|error| redacted(&error)).collect();
         let status = Status {
             fqrn: known.fqrn,
