@@ -199,7 +199,7 @@ fn a_part_that_an_eviction_removed_goes_on_without_its_name() {
 }
 
 #[test]
-fn a_sequential_reader_finds_the_next_chunk_on_its_way() {
+fn a_sequential_reader_finds_the_next_chunks_on_their_way() {
     let bench = Bench::new();
     let plain = noise(7, 40_000);
     let file = publish(&bench, &plain, 10_000);
@@ -209,7 +209,21 @@ fn a_sequential_reader_finds_the_next_chunk_on_its_way() {
     read(&handle, 0, 2500).unwrap();
     assert_eq!(support::requests(&origin, 1), 1, "who reads the beginning may want no more");
     read(&handle, 2500, 2500).unwrap();
-    assert_eq!(support::requests(&origin, 2), 2);
+    assert_eq!(support::requests(&origin, 3), 3, "two chunks ahead, not the whole file");
+}
+
+#[test]
+fn who_begins_with_a_large_piece_is_a_sequential_reader() {
+    let bench = Bench::new();
+    let plain = noise(8, 800_000);
+    let file = publish(&bench, &plain, 200_000);
+    let origin = Origin::serve(bench.storage()).unwrap();
+    let store = bench.store(&origin.url(), &[]);
+    let handle = store.chunked(&file).unwrap();
+    assert_eq!(read(&handle, 0, 131_072).unwrap(), plain[..131_072]);
+    assert_eq!(support::requests(&origin, 3), 3);
+    assert_eq!(read(&handle, 0, 800_000).unwrap(), plain);
+    assert_eq!(support::requests(&origin, 4), 4, "each chunk comes once");
 }
 
 #[test]

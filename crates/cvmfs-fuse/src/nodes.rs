@@ -27,8 +27,8 @@ use crate::protocol::attributes::Attributes;
 pub const ROOT: u64 = 1;
 
 /// Remembered nodes per generation, two generations (about 450 bytes each): an upper
-/// bound of some 30 MiB. A forgotten node costs a range query.
-const REMEMBERED: usize = 1 << 15;
+/// bound of some 20 MiB. A forgotten node costs a range query.
+const REMEMBERED: usize = 24_000;
 
 /// The node id of an entry; see the module documentation. A chunked file has no hash of its
 /// own, so its chunks are needed to tell its versions apart.

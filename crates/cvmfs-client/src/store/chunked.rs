@@ -36,6 +36,10 @@ const MEMORY_PART: u64 = 8;
 const UNIT: u64 = 64 * 1024;
 /// A read that begins so little behind the last one's end still goes on where that ended.
 const SEQUENTIAL_SLACK: u64 = 1 << 20;
+/// A first read of so many bytes is the beginning of a sequential one.
+const LARGE_READ: u64 = 128 * 1024;
+/// Chunks that are fetched ahead of a sequential reader: one arrives while the other is verified and stored.
+const AHEAD: usize = 2;
 /// Chunks of one read that are fetched at once.
 const PARALLEL: usize = 4;
 
@@ -212,6 +216,7 @@ impl ChunkedHandle {
         let last = self.chunk_at(end - 1);
         let missing: Vec<usize> = (first..=last).filter(|chunk| !part.is_present(*chunk)).collect();
         self.count(last - first + 1, missing.len());
+        self.read_ahead(part, offset, end, last);
         let outside = self.fetch(part, &missing, patience)?;
         for chunk in first..=last {
             let Some(place) = self.assembly.chunks.get(chunk) else { continue };
@@ -227,7 +232,6 @@ impl ChunkedHandle {
                 None => part.read_at(piece, from).map_err(|error| self.failed(error))?,
             }
         }
-        self.read_ahead(part, offset, end, last);
         Ok(wanted)
     }
 
@@ -359,12 +363,14 @@ impl ChunkedHandle {
         outcome
     }
 
-    /// A sequential reader gets its next chunk before it asks. The kernel may swap neighbouring reads.
+    /// A sequential reader gets its next chunks before it asks. The kernel may swap neighbouring reads. Who begins with
+    /// a large piece wants more of the file; a small one may be a look at its header only.
     fn read_ahead(&self, part: &Part, offset: u64, end: u64, last: usize) {
         let expected = self.assembly.expected.swap(end, Ordering::Relaxed);
-        let is_sequential = offset.checked_sub(expected).is_some_and(|skipped| skipped <= SEQUENTIAL_SLACK);
-        let next = last + 1;
-        if is_sequential && next < self.assembly.chunks.len() && !part.is_present(next) {
+        let goes_on = offset.checked_sub(expected).is_some_and(|skipped| skipped <= SEQUENTIAL_SLACK);
+        let is_sequential = goes_on || (offset == 0 && end >= LARGE_READ);
+        let after = (last + 1..self.assembly.chunks.len()).take(AHEAD);
+        for next in after.take_while(|_| is_sequential).filter(|next| !part.is_present(*next)) {
             self.launch(next);
         }
     }
