@@ -32,10 +32,7 @@ fn an_entry_below_a_published_file_is_refused_and_a_directory_in_its_place_is_no
     repository.ingest("refused", &Tar::default().file("f", b"x").link(b'2', "l", "/etc").finish(), &[]);
     for name in ["f/below", "l/passwd"] {
         let message = repository.refuses(1, &Tar::default().file(name, b"x").finish(), &[]);
-        assert!(
-            message.contains(&format!("/refused/{name}")) && message.contains("not a directory"),
-            "{message}"
-        );
+        assert!(message.contains(name) && message.contains("not a directory"), "{message}");
     }
     let all = ["--base", "/refused/f/deeper", "--tar", "-"];
     let output = repository.run("ingest", &all, &Tar::default().finish());
