@@ -1,6 +1,7 @@
 //! Images in registries: reading and pushing.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use reqwest::Method;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue};
@@ -320,14 +321,17 @@ impl Client {
 
     /// A small document in whole.
     async fn document(&self, call: &Call<'_>, limit: u64) -> Result<(HeaderMap, Vec<u8>), RegistryError> {
+        let started = Instant::now();
         let mut response = self.transport.send(call).await?;
         if !response.status().is_success() {
             return Err(refusal(call.object, response).await);
         }
         let host = authority(response.url());
         let mut bytes = Vec::new();
-        let idle = self.transport.deadlines().idle;
         loop {
+            // The deadline is for the whole document, also if it comes byte by byte.
+            let rest = call.deadline.saturating_sub(started.elapsed());
+            let idle = self.transport.deadlines().idle.min(rest);
             let chunk = tokio::select! {
                 biased;
                 () = self.transport.cancellation() => return Err(RegistryError::Cancelled),
@@ -341,7 +345,7 @@ impl Client {
                     return Err(RegistryError::Timeout {
                         object: call.object.to_owned(),
                         host,
-                        waited: idle,
+                        waited: started.elapsed(),
                     });
                 }
             }
@@ -375,7 +379,7 @@ impl Client {
         target.query_pairs_mut().append_pair("digest", &digest.to_string());
         let mut call = self.call(Method::PUT, target, reference, Access::PullPush, object);
         call.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
-        call.deadline += self.transport.deadlines().transfer(body.length());
+        call.deadline += Deadlines::sending(body.length());
         call.body = body;
         let response = self.transport.send(&call).await?;
         if response.status().is_success() { Ok(()) } else { Err(refusal(object, response).await) }
