@@ -230,14 +230,32 @@ impl Client {
     /// # Errors
     /// Network, denied.
     pub fn has_blob(&self, reference: &Reference, digest: &Digest) -> Result<bool, RegistryError> {
-        let object = format!("blob {digest} of {reference}");
+        self.ask_for_blob(reference, digest, &format!("blob {digest} of {reference}"))
+    }
+
+    /// Finds out whether `reference` can be pushed to, as far as the registry tells before it is done.
+    ///
+    /// # Errors
+    /// Network, denied, or a registry that does not work.
+    pub fn check_push(&self, reference: &Reference) -> Result<(), RegistryError> {
+        // Any digest will do: the question makes the registry judge our rights.
+        let digest = Digest::sha256_of(b"");
+        self.ask_for_blob(reference, &digest, &format!("destination {reference}")).map(drop)
+    }
+
+    fn ask_for_blob(
+        &self,
+        reference: &Reference,
+        digest: &Digest,
+        object: &str,
+    ) -> Result<bool, RegistryError> {
         let url = self.url(reference, &format!("blobs/{digest}"))?;
-        let call = self.call(Method::HEAD, url, reference, Access::PullPush, &object);
+        let call = self.call(Method::HEAD, url, reference, Access::PullPush, object);
         let response = self.runtime.block_on(self.transport.send(&call))?;
         match response.status().as_u16() {
             200 => Ok(true),
             404 => Ok(false),
-            _ => Err(self.runtime.block_on(refusal(&object, response))),
+            _ => Err(self.runtime.block_on(refusal(object, response))),
         }
     }
 
