@@ -27,7 +27,7 @@ use cvmfs_format::signature::MasterKeys;
 use layer_tar::LayerPath;
 
 use crate::apply::Apply;
-use crate::commit::{Commit, check_tag_name};
+use crate::commit::{Commit, Scratch, Signer, check_tag_name};
 use crate::error::{PublishError, shown};
 use crate::head::Head;
 use crate::ingest::{IngestOptions, IngestReport, Owner, Sink, read_directory, read_tar};
@@ -149,8 +149,18 @@ impl Publisher {
         Ok(workspace.lookup(path.as_bytes())?.is_some())
     }
 
-    /// Begins a transaction on the published revision. Dropping it without a commit publishes nothing; objects it
-    /// has stored remain, unreferenced.
+    /// Whether the next revision can be called `tag`: what a commit would refuse is better known before the work.
+    ///
+    /// # Errors
+    /// [`PublishError::Usage`] if the name is not possible, or taken.
+    pub fn require_new_tag(&self, tag: &str) -> Result<(), PublishError> {
+        check_tag_name(tag)?;
+        let scratch = Scratch::new(&*self.storage)?;
+        Signer::of(self).require_free_tag(tag, &self.head.manifest, &scratch)
+    }
+
+    /// Begins a transaction on the published revision. Dropping it without a commit publishes nothing, and removes
+    /// the objects that only it has stored, as far as the storage can tell.
     pub fn begin(&mut self) -> Result<Transaction<'_>, PublishError> {
         let workspace = Workspace::open(self.storage.clone(), self.head.manifest.root_catalog)?;
         let counters = self.options.counters.clone();
@@ -290,6 +300,8 @@ impl Transaction<'_> {
         }
         self.pipeline.wait()?;
         let Transaction { publisher, workspace, pipeline, started, .. } = self;
+        // From here on the manifest may be replaced, whatever else fails: the objects belong to the repository.
+        pipeline.keep();
         drop(pipeline);
         publisher.options.interrupt.check()?;
         let head = Commit { publisher: &*publisher, workspace }.publish(tag)?;
