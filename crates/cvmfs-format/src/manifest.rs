@@ -167,6 +167,16 @@ pub fn is_valid_fqrn(name: &str) -> bool {
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_'))
 }
 
+/// A name that a repository may be made with: what [`is_valid_fqrn`] allows, with a dot inside, no empty part between
+/// dots, and no dash in front. Clients refuse to mount anything else; manifests with such names exist nevertheless, and
+/// can be read.
+pub fn is_mountable_fqrn(name: &str) -> bool {
+    is_valid_fqrn(name)
+        && !name.starts_with('-')
+        && name.contains('.')
+        && name.split('.').all(|part| !part.is_empty())
+}
+
 fn push_hash(text: &mut String, key: char, hash: Option<ContentHash>) {
     if let Some(hash) = hash {
         let _ = writeln!(text, "{key}{hash}");

@@ -26,7 +26,7 @@ pub(crate) struct Cli {
 #[derive(Debug, Args)]
 pub(crate) struct Common {
     /// Least severe messages to log: error, warn, info, debug, trace, or a filter such as cvmfs_publish=debug
-    #[arg(long, global = true, default_value = "warn", value_name = "LEVEL")]
+    #[arg(long, global = true, default_value = "warn", value_name = "LEVEL", value_parser = parse_log_level)]
     pub(crate) log_level: String,
     /// Form of the log on standard error
     #[arg(long, global = true, default_value = "text")]
@@ -137,7 +137,7 @@ pub(crate) struct Ingest {
     #[arg(long, value_name = "stock|fast")]
     pub(crate) deflate: Option<Deflate>,
     /// Name the new revision in the history
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = parse_tag)]
     pub(crate) tag: Option<String>,
     /// Remove these paths first; each must exist
     #[arg(long, value_name = "PATH", num_args = 1..)]
@@ -314,6 +314,25 @@ pub(crate) struct Serve {
     pub(crate) directory: PathBuf,
 }
 
+/// A level, or directives `TARGET=LEVEL` with commas between them. A bare word that is no level would be taken for
+/// the name of a module, and everything else be silent.
+fn parse_log_level(text: &str) -> Result<String, String> {
+    let is_level = |level: &str| {
+        ["off", "error", "warn", "info", "debug", "trace"].contains(&level.to_ascii_lowercase().as_str())
+    };
+    for directive in text.split(',') {
+        let level = directive.rsplit_once('=').map_or(directive, |(_, level)| level);
+        if !is_level(level) {
+            return Err(format!("{level:?} is none of error, warn, info, debug and trace"));
+        }
+    }
+    Ok(text.to_owned())
+}
+
+fn parse_tag(text: &str) -> Result<String, String> {
+    cvmfs_publish::check_tag_name(text).map(|()| text.to_owned()).map_err(|error| error.to_string())
+}
+
 fn parse_owner(text: &str) -> Result<Owner, String> {
     if text == "keep" {
         return Ok(Owner::Keep);
@@ -385,6 +404,16 @@ mod tests {
         assert_eq!(parse_since("12h"), Ok(Since::Ago(Duration::from_secs(43_200))));
         for bad in ["", "d", "3y", "-1d", "yesterday"] {
             assert!(parse_age(bad).is_err() && parse_since(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_log_level_is_one() {
+        for good in ["warn", "DEBUG", "off", "cvmfs_publish=debug", "warn,cvmfs_publish::check=trace"] {
+            assert_eq!(parse_log_level(good).as_deref(), Ok(good));
+        }
+        for bad in ["bogus", "", "warn,", "cvmfs_publish=loud"] {
+            assert!(parse_log_level(bad).is_err(), "{bad}");
         }
     }
 

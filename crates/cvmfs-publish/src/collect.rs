@@ -93,7 +93,9 @@ impl Publisher {
         let started = Instant::now();
         if !self.head.manifest.garbage_collectable {
             return Err(PublishError::Usage(format!(
-                "{} does not allow garbage collection: it was made without --garbage-collectable",
+                "{0} does not allow garbage collection: it was made without --garbage-collectable, so all its \
+                 revisions stay; what interrupted publishes left costs space and nothing else (`cvmfs-publish check` \
+                 lists it); for another choice make a new repository with --garbage-collectable",
                 self.fqrn
             )));
         }

@@ -210,7 +210,7 @@ impl<'a> Signer<'a> {
         Ok((self.store(kind, &plain)?, size))
     }
 
-    fn require_free_tag(
+    pub(crate) fn require_free_tag(
         &self,
         tag: &str,
         manifest: &Manifest,
@@ -310,7 +310,10 @@ impl Drop for Scratch {
 }
 
 /// Refuses names that the history cannot hold or that the publisher itself keeps.
-pub(crate) fn check_tag_name(tag: &str) -> Result<(), PublishError> {
+///
+/// # Errors
+/// [`PublishError::Usage`] with the rule that is broken.
+pub fn check_tag_name(tag: &str) -> Result<(), PublishError> {
     let reason = if tag.is_empty() || tag.len() > MAX_TAG_NAME {
         "must have 1 to 255 bytes"
     } else if tag.contains(|c: char| c.is_whitespace() || c.is_control() || c == '/') {

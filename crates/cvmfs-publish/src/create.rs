@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use cvmfs_format::catalog::{CatalogWriter, Entry, EntryKind};
 use cvmfs_format::letter::seal;
-use cvmfs_format::manifest::{DEFAULT_TTL, Manifest, is_valid_fqrn};
+use cvmfs_format::manifest::{DEFAULT_TTL, Manifest, is_mountable_fqrn};
 use cvmfs_format::whitelist::Whitelist;
 use cvmfs_format::{Compression, HashAlgorithm, ObjectKind};
 
@@ -85,10 +85,11 @@ pub struct Report {
 /// Makes a repository: keys, whitelist, an empty root catalog, history, reflog, and last the manifest. Refuses a
 /// storage that has a repository.
 pub fn create_repository(new: &NewRepository) -> Result<Report, PublishError> {
-    if !is_valid_fqrn(&new.fqrn) {
+    if !is_mountable_fqrn(&new.fqrn) {
         let fqrn = &new.fqrn;
         return Err(PublishError::Usage(format!(
-            "{fqrn:?} is not a repository name, such as example.cern.ch"
+            "{fqrn:?} is not a repository name such as example.cern.ch: at most 255 letters, digits, '-' and '_', in \
+             parts with dots between them, not beginning with '-'"
         )));
     }
     if new.whitelist_days == 0 {
@@ -119,7 +120,7 @@ pub fn create_repository(new: &NewRepository) -> Result<Report, PublishError> {
         interrupt: &Interrupt::default(),
     };
     let expires = now + i64::from(new.whitelist_days) * DAY;
-    write_whitelist(&*storage, &files, &keys, new.hash, now, expires)?;
+    let expires = write_whitelist(&*storage, &files, &keys, new.hash, now, expires)?;
     storage.put_file(storage::MASTER_REPLICA, REPLICA_NOTE)?;
 
     let metainfo = signer.store(ObjectKind::Metainfo, &settings.to_metainfo())?;
@@ -152,7 +153,7 @@ pub fn create_repository(new: &NewRepository) -> Result<Report, PublishError> {
 }
 
 /// Signs and stores a whitelist that lists the certificate of `keys`, after making sure that clients with the public
-/// key will accept it.
+/// key will accept it. Returns the expiry as they will see it: whitelists are valid until a full hour.
 pub(crate) fn write_whitelist(
     storage: &dyn Storage,
     files: &KeyFiles,
@@ -160,7 +161,7 @@ pub(crate) fn write_whitelist(
     algorithm: HashAlgorithm,
     now: i64,
     expires: i64,
-) -> Result<(), PublishError> {
+) -> Result<i64, PublishError> {
     let master = files.master()?;
     let fingerprint = keys.certificate.fingerprint(algorithm);
     let text = Whitelist::compose(now, expires, files.fqrn(), &[fingerprint]);
@@ -172,8 +173,9 @@ pub(crate) fn write_whitelist(
     files.public()?.verify_whitelist(&parsed).map_err(|_| {
         PublishError::Trust(format!("{0}.masterkey and {0}.pub do not belong together", files.fqrn()))
     })?;
+    let whitelist = Whitelist::parse(&letter).map_err(|e| bad(&e))?;
     storage.put_file(storage::WHITELIST, &letter)?;
-    Ok(())
+    Ok(whitelist.expires_unix())
 }
 
 fn make_root_catalog(file: &Path, ttl: u32, now: i64) -> Result<(), PublishError> {

@@ -78,8 +78,14 @@ impl PublishError {
             PublishError::Storage(error) if error.is_out_of_space() => 6,
             PublishError::Storage(StorageError::NoStorage { .. }) => 5,
             PublishError::Local { source, .. } if out_of_space(source) => 6,
+            PublishError::Local { source, .. } if source.kind() == io::ErrorKind::NotFound => 5,
             _ => 1,
         }
+    }
+
+    /// The message with all its causes in one line.
+    pub fn full_message(&self) -> String {
+        chain(self)
     }
 
     pub(crate) fn local(
@@ -98,6 +104,21 @@ impl PublishError {
         let path = if path.is_empty() { "/".to_owned() } else { shown(path) };
         PublishError::Entry { path, reason: reason.to_string() }
     }
+}
+
+/// An error with its causes on one line, each once: some messages quote their cause already.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let part = error.to_string();
+        if !text.ends_with(&part) {
+            text.push_str(": ");
+            text.push_str(&part);
+        }
+        cause = error.source();
+    }
+    text
 }
 
 fn out_of_space(error: &io::Error) -> bool {
@@ -126,6 +147,18 @@ mod tests {
     fn a_path_with_odd_bytes_is_shown_on_one_line() {
         assert_eq!(shown(b"a/\xff\n\x1b[2J"), "a/\\xff\\n\\u{1b}[2J");
         assert_eq!(shown("日本".as_bytes()), "日本");
+    }
+
+    #[test]
+    fn each_cause_is_said_once() {
+        let inner = io::Error::other("disk on fire");
+        let outer = PublishError::Input(io::Error::other(format!("block 7: {inner}")));
+        assert_eq!(outer.full_message(), "cannot read the input: block 7: disk on fire");
+        #[derive(Debug, thiserror::Error)]
+        #[error("header: {0}")]
+        struct Quoting(#[source] io::Error);
+        let quoting = PublishError::Input(io::Error::other(Quoting(io::Error::other("disk on fire"))));
+        assert_eq!(quoting.full_message(), "cannot read the input: header: disk on fire");
     }
 
     #[test]

@@ -110,7 +110,7 @@ impl KeyFiles {
     fn private(&self, kind: &str) -> Result<PrivateKey, PublishError> {
         let path = self.path(kind);
         let bad = |reason: String| PublishError::Key { path: path.clone(), reason };
-        let metadata = fs::metadata(&path).map_err(|error| bad(unreadable(&error)))?;
+        let metadata = fs::metadata(&path).map_err(|error| unreadable(&path, &error))?;
         if metadata.mode() & OTHERS != 0 {
             let mode = metadata.mode() & 0o7777;
             return Err(bad(format!(
@@ -136,17 +136,24 @@ pub fn read_public(path: &Path) -> Result<MasterKeys, PublishError> {
 
 fn read(path: &Path) -> Result<Vec<u8>, PublishError> {
     let bad = |reason: String| PublishError::Key { path: path.to_owned(), reason };
-    let file = fs::File::open(path).map_err(|error| bad(unreadable(&error)))?;
+    let file = fs::File::open(path).map_err(|error| unreadable(path, &error))?;
     let mut bytes = Vec::new();
-    file.take(MAX_KEY_FILE + 1).read_to_end(&mut bytes).map_err(|error| bad(unreadable(&error)))?;
+    file.take(MAX_KEY_FILE + 1).read_to_end(&mut bytes).map_err(|error| unreadable(path, &error))?;
     if bytes.len() as u64 > MAX_KEY_FILE {
         return Err(bad("is too large for a key".to_owned()));
     }
     Ok(bytes)
 }
 
-fn unreadable(error: &io::Error) -> String {
-    format!("cannot be read ({error}); --keys names its directory")
+fn unreadable(path: &Path, error: &io::Error) -> PublishError {
+    if error.kind() == io::ErrorKind::NotFound {
+        return PublishError::NotFound(format!(
+            "there is no key file {}; --keys names its directory",
+            path.display()
+        ));
+    }
+    let reason = format!("cannot be read ({error}); --keys names its directory");
+    PublishError::Key { path: path.to_owned(), reason }
 }
 
 fn write_new(path: &Path, content: &[u8], mode: u32) -> Result<(), PublishError> {

@@ -43,6 +43,7 @@ pub mod storage;
 mod tree;
 mod workspace;
 
+pub use commit::check_tag_name;
 pub use create::{DEFAULT_WHITELIST_DAYS, NewRepository, Report, create_repository};
 pub use error::PublishError;
 pub use ingest::{IngestOptions, IngestReport, MAX_WARNINGS, Owner, SpecialFiles, Whiteouts};

@@ -5,6 +5,7 @@ mod progress;
 mod run;
 mod signals;
 
+use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -24,7 +25,7 @@ fn main() -> ExitCode {
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             let code = error.exit_code();
-            eprintln!("error: {:#}", anyhow::Error::from(error));
+            eprintln!("error: {}", error.full_message());
             ExitCode::from(code)
         }
     }
@@ -32,7 +33,10 @@ fn main() -> ExitCode {
 
 fn start_log(common: &Common) -> Result<(), String> {
     let filter = EnvFilter::try_new(&common.log_level).map_err(|error| error.to_string())?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
     match common.log_format {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().init(),

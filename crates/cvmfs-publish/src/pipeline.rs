@@ -5,6 +5,9 @@
 //! them meanwhile; after [`Pipeline::wait`] each ticket has its content hash. The
 //! pieces that are queued or being worked on never exceed a fixed number of bytes
 //! ([`bytes_in_flight`]), so memory depends neither on file sizes nor on their number.
+//!
+//! A pipeline that is dropped before [`Pipeline::keep`] removes the objects that it made: nothing refers to them, and
+//! repositories without garbage collection would never get rid of them.
 
 use std::borrow::Cow;
 use std::collections::VecDeque;
@@ -44,7 +47,7 @@ pub struct Counters {
     pub entries: AtomicU64,
     /// Plain bytes of file contents read.
     pub bytes_in: AtomicU64,
-    /// Objects that were not in the storage before.
+    /// Objects that were not in the storage before, or damaged.
     pub new_objects: AtomicU64,
     /// Stored bytes of those objects.
     pub bytes_stored: AtomicU64,
@@ -52,7 +55,7 @@ pub struct Counters {
 
 impl Counters {
     pub(crate) fn count(&self, put: Put, stored: usize) {
-        if put == Put::New {
+        if put != Put::Present {
             self.new_objects.fetch_add(1, Ordering::Relaxed);
             self.bytes_stored.fetch_add(stored as u64, Ordering::Relaxed);
         }
@@ -88,6 +91,8 @@ struct State {
     jobs_in_flight: usize,
     hashes: Vec<Option<ContentHash>>,
     failure: Option<PublishError>,
+    /// What no revision can refer to, as long as nothing is committed.
+    made: Vec<ObjectName>,
     closed: bool,
     /// Workers that wait for a job, and submitters that wait for room: who does not wait need
     /// not be woken, which would be a system call for each small file.
@@ -190,6 +195,11 @@ impl Pipeline {
         state.check()
     }
 
+    /// The objects stay: what follows may publish them.
+    pub(crate) fn keep(&self) {
+        self.shared.lock().made = Vec::new();
+    }
+
     /// The hash of a stored piece. Call [`Pipeline::wait`] first.
     pub(crate) fn hash(&self, ticket: Ticket) -> ContentHash {
         let state = self.shared.lock();
@@ -207,6 +217,17 @@ impl Drop for Pipeline {
         for worker in self.workers.drain(..) {
             // panics of jobs are caught and reported where they happen
             let _ = worker.join();
+        }
+        let made = std::mem::take(&mut self.shared.lock().made);
+        let count = made.len();
+        for name in made {
+            if let Err(error) = self.shared.storage.delete_object(&name) {
+                tracing::warn!(%error, "cannot remove what was stored for nothing");
+                return;
+            }
+        }
+        if count > 0 {
+            tracing::debug!(count, "removed the objects of a publish that did not end");
         }
     }
 }
@@ -269,6 +290,9 @@ impl Shared {
         let (name, stored) = job.encoding.encode(job.kind, &job.plain);
         let put = self.storage.put_object(&name, &stored)?;
         self.counters.count(put, stored.len());
+        if put == Put::New && self.storage.is_sure_of_new_objects() {
+            self.lock().made.push(name);
+        }
         Ok(name.hash)
     }
 }

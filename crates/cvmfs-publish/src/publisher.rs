@@ -22,10 +22,12 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use cvmfs_format::catalog::EntryKind;
 use cvmfs_format::signature::MasterKeys;
+use layer_tar::LayerPath;
 
 use crate::apply::Apply;
-use crate::commit::{Commit, check_tag_name};
+use crate::commit::{Commit, Scratch, Signer, check_tag_name};
 use crate::error::{PublishError, shown};
 use crate::head::Head;
 use crate::ingest::{IngestOptions, IngestReport, Owner, Sink, read_directory, read_tar};
@@ -35,7 +37,7 @@ use crate::path::{RepositoryPath, parent_of};
 use crate::pipeline::{Counters, Encoding, Pipeline};
 use crate::settings::{Settings, validated};
 use crate::storage::{self, Storage, StorageLock};
-use crate::tree::{LayerTree, Meta};
+use crate::tree::{Existing, LayerTree, Lookup, Meta};
 use crate::workspace::{MARKER, Workspace, joined};
 
 /// How long a second publisher waits for the first by default.
@@ -147,8 +149,18 @@ impl Publisher {
         Ok(workspace.lookup(path.as_bytes())?.is_some())
     }
 
-    /// Begins a transaction on the published revision. Dropping it without a commit publishes nothing; objects it
-    /// has stored remain, unreferenced.
+    /// Whether the next revision can be called `tag`: what a commit would refuse is better known before the work.
+    ///
+    /// # Errors
+    /// [`PublishError::Usage`] if the name is not possible, or taken.
+    pub fn require_new_tag(&self, tag: &str) -> Result<(), PublishError> {
+        check_tag_name(tag)?;
+        let scratch = Scratch::new(&*self.storage)?;
+        Signer::of(self).require_free_tag(tag, &self.head.manifest, &scratch)
+    }
+
+    /// Begins a transaction on the published revision. Dropping it without a commit publishes nothing, and removes
+    /// the objects that only it has stored, as far as the storage can tell.
     pub fn begin(&mut self) -> Result<Transaction<'_>, PublishError> {
         let workspace = Workspace::open(self.storage.clone(), self.head.manifest.root_catalog)?;
         let counters = self.options.counters.clone();
@@ -224,7 +236,7 @@ impl Transaction<'_> {
         reader: impl Read + Send,
         options: &IngestOptions,
     ) -> Result<IngestReport, PublishError> {
-        self.ingest(base, options, |tree, sink| read_tar(reader, tree, sink))
+        self.ingest(base, options, |existing, tree, sink| read_tar(reader, existing, tree, sink))
     }
 
     /// Ingests the content of a local directory below `base`, merging it with what is there.
@@ -234,7 +246,7 @@ impl Transaction<'_> {
         directory: &Path,
         options: &IngestOptions,
     ) -> Result<IngestReport, PublishError> {
-        self.ingest(base, options, |tree, sink| read_directory(directory, tree, sink))
+        self.ingest(base, options, |_, tree, sink| read_directory(directory, tree, sink))
     }
 
     /// Whether there is an entry at `path` with the changes so far.
@@ -288,6 +300,8 @@ impl Transaction<'_> {
         }
         self.pipeline.wait()?;
         let Transaction { publisher, workspace, pipeline, started, .. } = self;
+        // From here on the manifest may be replaced, whatever else fails: the objects belong to the repository.
+        pipeline.keep();
         drop(pipeline);
         publisher.options.interrupt.check()?;
         let head = Commit { publisher: &*publisher, workspace }.publish(tag)?;
@@ -310,7 +324,7 @@ impl Transaction<'_> {
         &mut self,
         base: &[u8],
         options: &IngestOptions,
-        read: impl FnOnce(&mut LayerTree, &mut Sink<'_>) -> Result<(), PublishError>,
+        read: impl FnOnce(&mut Lookup<'_>, &mut LayerTree, &mut Sink<'_>) -> Result<(), PublishError>,
     ) -> Result<IngestReport, PublishError> {
         let base = RepositoryPath::parse(base)?;
         if options.catalog && base.is_root() {
@@ -334,7 +348,13 @@ impl Transaction<'_> {
             options,
             report: IngestReport::default(),
         };
-        read(&mut tree, &mut sink)?;
+        let workspace = &mut self.workspace;
+        let is_new = workspace.lookup(base.as_bytes())?.is_none();
+        let mut existing = |path: &LayerPath| match is_new {
+            true => Ok(Existing::Nothing),
+            false => existing_at(workspace, &joined(base.as_bytes(), path.as_bytes())),
+        };
+        read(&mut existing, &mut tree, &mut sink)?;
         tree.finish()?;
         if options.catalog && self.workspace.lookup(&joined(base.as_bytes(), MARKER))?.is_none() {
             tree.add_marker(MARKER, marker_meta(options, now), sink.store_empty()?);
@@ -356,6 +376,18 @@ impl Transaction<'_> {
         self.unfinished = false;
         Ok(report)
     }
+}
+
+/// What is at `path` in the repository, for links to be followed.
+fn existing_at(workspace: &mut Workspace, path: &[u8]) -> Result<Existing, PublishError> {
+    Ok(match workspace.lookup(path)? {
+        None => Existing::Nothing,
+        Some(entry) => match entry.kind() {
+            EntryKind::Directory => Existing::Directory,
+            EntryKind::Symlink => Existing::Symlink(entry.symlink),
+            _ => Existing::Other,
+        },
+    })
 }
 
 fn marker_meta(options: &IngestOptions, now: layer_tar::Timestamp) -> Meta {

@@ -142,7 +142,7 @@ pub fn resign(
     };
     let algorithm = manifest.root_catalog.algorithm;
     let expires = now + i64::from(days) * DAY;
-    write_whitelist(&*storage, &files, &keys, algorithm, now, expires)?;
+    let expires = write_whitelist(&*storage, &files, &keys, algorithm, now, expires)?;
     let signer = Signer {
         fqrn,
         storage: &storage,

@@ -78,6 +78,9 @@ fn ingest(arguments: Ingest, json: bool) -> Result<(), PublishError> {
     signals::interrupt_on_signal(interrupt.clone())?;
     let options = OpenOptions { interrupt, counters: counters.clone(), ..OpenOptions::default() };
     let mut publisher = open(&arguments.repository, options)?;
+    if let Some(tag) = &arguments.tag {
+        publisher.require_new_tag(tag)?;
+    }
     let progress = Progress::start(counters);
     let mut transaction = publisher.begin()?;
     for path in &arguments.delete {

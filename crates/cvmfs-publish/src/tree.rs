@@ -12,10 +12,13 @@
 //! | file, link or special over anything | replaces it, a directory with all its content |
 //! | directory over a file | replaces it |
 //! | entry without its parent directories | parents are made: 0755, 0:0, time of that entry |
-//! | entry below something that is no directory | refused |
+//! | entry below a symbolic link | goes where the link leads, within the base (see `links`) |
+//! | entry below something else that is no directory | refused |
 //! | hard link | another name of the target as it is then; a target that comes later counts at the end |
 //! | hard link to nothing or to a directory | refused |
 //! | whiteout and the name itself | the name wins; a directory becomes opaque |
+
+mod links;
 
 use std::collections::BTreeMap;
 
@@ -25,6 +28,8 @@ use layer_tar::{LayerPath, Timestamp};
 
 use crate::error::PublishError;
 use crate::pipeline::Ticket;
+
+pub(crate) use links::{Existing, Lookup};
 
 /// Deepest accepted directory nesting. Linux resolves no path of more than 4096 bytes in one call; the bound
 /// also limits the recursion over the tree.

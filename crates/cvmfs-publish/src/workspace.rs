@@ -513,14 +513,4 @@ pub(crate) fn in_catalog(path: &[u8]) -> impl FnOnce(CatalogError) -> PublishErr
     move |error| PublishError::damaged(format!("catalog entry {path}"), chain(&error))
 }
 
-/// An error with its causes on one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
-}
+pub(crate) use crate::error::chain;

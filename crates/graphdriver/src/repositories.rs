@@ -52,12 +52,15 @@ impl fmt::Display for Fqrn {
 /// Why a repository cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum RepositoryError {
-    /// It cannot be mounted. The message names cause and next step.
-    #[error("cannot mount repository {fqrn}: {message}")]
+    /// It cannot be mounted, or unmounted.
+    #[error(
+        "cannot mount repository {fqrn}: {message}; to find out more, run `cvmfs-client check {fqrn}` on the \
+         host, or read the engine's log, which has the plugin's"
+    )]
     Mount {
         /// The repository.
         fqrn: Fqrn,
-        /// Cause and next step.
+        /// The cause.
         message: String,
     },
     /// The host does not mount it, though it shall.

@@ -158,18 +158,21 @@ fn a_repository_that_cannot_be_used_fails_the_start_within_half_a_minute_and_lea
         assert!(started.elapsed().as_secs() < 30, "{image}: {:?}", started.elapsed());
         assert!(reasons.iter().all(|reason| said.contains(reason)), "{image}: {said}");
         assert_eq!(world.engine.layers().len(), before, "{image} left a layer");
+        let mountpoints = std::fs::read_dir(world.engine.home().join("cvmfs")).unwrap();
+        let left: Vec<_> = mountpoints.map(|entry| entry.unwrap().file_name()).collect();
+        assert!(left.is_empty(), "{image} left {left:?}");
         world.engine.assert_nothing_mounted();
     };
     // Once the client has seen the repository, its cache would do.
     world.origin.set_fault("*.cvmfspublished", testkit::Fault::Hang);
-    fails("good:1", &["ingested-layers.peer.example.org"]);
+    fails("good:1", &["run `cvmfs-client check ingested-layers.peer.example.org`"]);
     world.origin.clear_faults();
     let wrong = Fixture::unpack("basic-sha1").unwrap();
     world.configure(&wrong.master_pub);
     fails("good:1", &["ingested-layers.peer.example.org", "key"]);
     world.configure(&world.fixture.master_pub);
     fails("gone:1", &["layer layers/gone not in repository ingested-layers.peer.example.org at revision"]);
-    fails("unknown:1", &["ingested-layers.lost.example.org"]);
+    fails("unknown:1", &["repository ingested-layers.lost.example.org: ", "run `cvmfs-client check "]);
     world.engine.docker.run(&["good:1", "/bin/busybox", "true"]).unwrap();
     world.engine.docker.run(&["base:1", "/bin/busybox", "true"]).unwrap();
 }

@@ -75,9 +75,11 @@ pub enum ApplyError {
     /// The archive is broken, cut off, or has an entry that no layer can have.
     #[error("the layer archive is refused")]
     Archive(#[from] TarError),
-    /// An entry below a symbolic link that leads out of the layer.
-    #[error("entry '{entry}' is refused: it lies below a symbolic link that leads out of the layer")]
-    LeadsOut {
+    /// An entry below symbolic links that lead to each other.
+    #[error(
+        "entry '{entry}' is refused: it lies below symbolic links that lead in a circle, or more than 40 in a row"
+    )]
+    Circle {
         /// The entry's path.
         entry: LayerPath,
     },

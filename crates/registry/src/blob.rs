@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use crate::auth::Access;
 use crate::digest::Digester;
 use crate::error::RegistryError;
-use crate::http::authority;
+use crate::http::{Deadlines, SLOWEST_BYTES_PER_SECOND, authority};
 use crate::manifest::Descriptor;
 use crate::reference::Reference;
 use crate::transport::{Body, Call, Transport, network, refusal};
@@ -101,11 +101,11 @@ pub(crate) fn start(
     blob: Blob,
 ) -> Result<BlobReader, RegistryError> {
     let mut download = Download {
+        patience: Patience::new(transport.deadlines()),
         transport: transport.clone(),
         digester: Digester::like(&blob.descriptor.digest),
         blob,
         received: 0,
-        waited: Duration::ZERO,
     };
     let first = runtime.block_on(download.request())?;
     let (sender, pieces) = mpsc::channel(QUEUE_LENGTH);
@@ -125,8 +125,35 @@ struct Download {
     blob: Blob,
     digester: Digester,
     received: u64,
-    /// Time spent waiting for the network; the reader's own pace does not count.
-    waited: Duration,
+    patience: Patience,
+}
+
+/// How much longer a download may wait, see [`Deadlines::stall`]. The reader's own pace does not count.
+#[derive(Debug)]
+struct Patience {
+    limit: Duration,
+    /// Never above `limit`: a fast start does not pay for a stall later.
+    left: Duration,
+}
+
+impl Patience {
+    fn new(deadlines: &Deadlines) -> Self {
+        Self { limit: deadlines.stall, left: deadlines.stall }
+    }
+
+    fn waited(&mut self, time: Duration) {
+        self.left = self.left.saturating_sub(time);
+    }
+
+    fn received(&mut self, bytes: u64) {
+        let worth = Duration::from_micros(bytes.saturating_mul(1_000_000) / SLOWEST_BYTES_PER_SECOND);
+        self.left = (self.left + worth).min(self.limit);
+    }
+
+    /// The time that was waited when it is over.
+    fn spent(&self) -> Duration {
+        self.limit.saturating_sub(self.left)
+    }
 }
 
 /// Why one answer brought no more pieces.
@@ -154,18 +181,22 @@ impl Download {
                     if fruitless > MAX_FRUITLESS_RESUMES {
                         return Err(error);
                     }
-                    tracing::debug!(object = self.blob.object, received = self.received, %error, "resuming");
+                    tracing::warn!(
+                        received = self.received,
+                        size = self.blob.descriptor.size,
+                        "{error}; asking for the rest, for at most {} s without progress",
+                        self.patience.left.as_secs()
+                    );
                     tokio::time::sleep(RESUME_PAUSE).await;
+                    self.patience.waited(RESUME_PAUSE);
                 }
             }
-            let started = Instant::now();
             response = self.request().await?;
-            self.waited += started.elapsed();
         }
     }
 
     /// Asks for the blob, or for what is missing of it.
-    async fn request(&self) -> Result<Response, RegistryError> {
+    async fn request(&mut self) -> Result<Response, RegistryError> {
         let mut headers = reqwest::header::HeaderMap::new();
         if self.received > 0 {
             let range = HeaderValue::from_str(&format!("bytes={}-", self.received));
@@ -179,9 +210,12 @@ impl Download {
             headers,
             body: Body::Empty,
             object: &self.blob.object,
-            deadline: self.transport.deadlines().document,
+            deadline: self.transport.deadlines().document.min(self.patience.left),
         };
-        let response = self.transport.send(&call).await?;
+        let started = Instant::now();
+        let response = self.transport.send(&call).await;
+        self.patience.waited(started.elapsed());
+        let response = response?;
         match response.status() {
             StatusCode::OK | StatusCode::PARTIAL_CONTENT => Ok(response),
             _ => Err(refusal(&self.blob.object, response).await),
@@ -201,16 +235,14 @@ impl Download {
                 return self.expect_end(response, host).await;
             }
             let started = Instant::now();
-            let rest =
-                self.transport.deadlines().transfer(self.blob.descriptor.size).saturating_sub(self.waited);
-            let patience = rest.min(self.transport.deadlines().idle);
+            let wait = self.patience.left.min(self.transport.deadlines().silence());
             let chunk = tokio::select! {
                 biased;
                 () = self.transport.cancellation() => return Err(Interruption::Final(RegistryError::Cancelled)),
                 () = sender.closed() => return Err(Interruption::Abandoned),
-                chunk = tokio::time::timeout(patience, response.chunk()) => chunk,
+                chunk = tokio::time::timeout(wait, response.chunk()) => chunk,
             };
-            self.waited += started.elapsed();
+            self.patience.waited(started.elapsed());
             let mut piece = match chunk {
                 Ok(Ok(Some(piece))) => piece,
                 Ok(Ok(None)) => return Err(Interruption::Resumable(self.wrong_size(host, self.received))),
@@ -219,13 +251,14 @@ impl Download {
                     return Err(Interruption::Resumable(error));
                 }
                 Err(_) => {
-                    let object = self.blob.object.clone();
-                    let error = RegistryError::Timeout { object, host, waited: patience };
-                    let exhausted = patience == rest;
-                    return Err(if exhausted {
-                        Interruption::Final(error)
+                    let timeout = |waited| {
+                        let object = self.blob.object.clone();
+                        RegistryError::Timeout { object, host, waited }
+                    };
+                    return Err(if self.patience.left.is_zero() {
+                        Interruption::Final(timeout(self.patience.spent()))
                     } else {
-                        Interruption::Resumable(error)
+                        Interruption::Resumable(timeout(wait))
                     });
                 }
             };
@@ -237,6 +270,7 @@ impl Download {
                 return Err(Interruption::Final(self.wrong_size(host, total)));
             }
             self.received = total;
+            self.patience.received(piece.len() as u64);
             self.digester.update(&piece);
             if sender.send(Message::Piece(piece)).await.is_err() {
                 return Err(Interruption::Abandoned);

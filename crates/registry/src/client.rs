@@ -1,6 +1,7 @@
 //! Images in registries: reading and pushing.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use reqwest::Method;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue};
@@ -229,14 +230,32 @@ impl Client {
     /// # Errors
     /// Network, denied.
     pub fn has_blob(&self, reference: &Reference, digest: &Digest) -> Result<bool, RegistryError> {
-        let object = format!("blob {digest} of {reference}");
+        self.ask_for_blob(reference, digest, &format!("blob {digest} of {reference}"))
+    }
+
+    /// Finds out whether `reference` can be pushed to, as far as the registry tells before it is done.
+    ///
+    /// # Errors
+    /// Network, denied, or a registry that does not work.
+    pub fn check_push(&self, reference: &Reference) -> Result<(), RegistryError> {
+        // Any digest will do: the question makes the registry judge our rights.
+        let digest = Digest::sha256_of(b"");
+        self.ask_for_blob(reference, &digest, &format!("destination {reference}")).map(drop)
+    }
+
+    fn ask_for_blob(
+        &self,
+        reference: &Reference,
+        digest: &Digest,
+        object: &str,
+    ) -> Result<bool, RegistryError> {
         let url = self.url(reference, &format!("blobs/{digest}"))?;
-        let call = self.call(Method::HEAD, url, reference, Access::PullPush, &object);
+        let call = self.call(Method::HEAD, url, reference, Access::PullPush, object);
         let response = self.runtime.block_on(self.transport.send(&call))?;
         match response.status().as_u16() {
             200 => Ok(true),
             404 => Ok(false),
-            _ => Err(self.runtime.block_on(refusal(&object, response))),
+            _ => Err(self.runtime.block_on(refusal(object, response))),
         }
     }
 
@@ -320,14 +339,17 @@ impl Client {
 
     /// A small document in whole.
     async fn document(&self, call: &Call<'_>, limit: u64) -> Result<(HeaderMap, Vec<u8>), RegistryError> {
+        let started = Instant::now();
         let mut response = self.transport.send(call).await?;
         if !response.status().is_success() {
             return Err(refusal(call.object, response).await);
         }
         let host = authority(response.url());
         let mut bytes = Vec::new();
-        let idle = self.transport.deadlines().idle;
         loop {
+            // The deadline is for the whole document, also if it comes byte by byte.
+            let rest = call.deadline.saturating_sub(started.elapsed());
+            let idle = self.transport.deadlines().idle.min(rest);
             let chunk = tokio::select! {
                 biased;
                 () = self.transport.cancellation() => return Err(RegistryError::Cancelled),
@@ -341,7 +363,7 @@ impl Client {
                     return Err(RegistryError::Timeout {
                         object: call.object.to_owned(),
                         host,
-                        waited: idle,
+                        waited: started.elapsed(),
                     });
                 }
             }
@@ -375,7 +397,7 @@ impl Client {
         target.query_pairs_mut().append_pair("digest", &digest.to_string());
         let mut call = self.call(Method::PUT, target, reference, Access::PullPush, object);
         call.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
-        call.deadline += self.transport.deadlines().transfer(body.length());
+        call.deadline += Deadlines::sending(body.length());
         call.body = body;
         let response = self.transport.send(&call).await?;
         if response.status().is_success() { Ok(()) } else { Err(refusal(object, response).await) }

@@ -30,7 +30,9 @@ pub enum RegistryError {
     #[error(transparent)]
     Credentials(#[from] CredentialsError),
     /// The registry does not have it.
-    #[error("{object} not found in registry {host}{detail}")]
+    #[error(
+        "{object} not found in registry {host}{detail}; check the image's name and tag, or push it again"
+    )]
     NotFound {
         /// Manifest, configuration or layer.
         object: String,
@@ -60,7 +62,10 @@ pub enum RegistryError {
         when: String,
     },
     /// Any other unexpected answer.
-    #[error("registry {host} answers {status} to the request for {object}{detail}")]
+    #[error(
+        "registry {host} answers {status} to the request for {object}{detail}; try again later, or look at the \
+         registry's log"
+    )]
     Status {
         /// Manifest, configuration or layer.
         object: String,

@@ -22,10 +22,12 @@ pub struct Deadlines {
     pub connect: Duration,
     /// Between two pieces of an answer, and until its first.
     pub idle: Duration,
-    /// For one small document with all its retries and token requests.
+    /// For one small document with all its retries and token requests. An upload has one second more per
+    /// [`SLOWEST_BYTES_PER_SECOND`].
     pub document: Duration,
-    /// Waiting for a blob in all, on top of one second per [`SLOWEST_BYTES_PER_SECOND`].
-    pub blob: Duration,
+    /// For a download that does not get on, over all its requests and retries: time spent waiting counts, and each
+    /// [`SLOWEST_BYTES_PER_SECOND`] that came pay for a second of it.
+    pub stall: Duration,
 }
 
 /// A transfer slower than this on average is given up.
@@ -38,15 +40,20 @@ impl Default for Deadlines {
             idle: Duration::from_secs(20),
             // A user in front of a dead registry gets an answer within half a minute.
             document: Duration::from_secs(28),
-            blob: Duration::from_secs(300),
+            stall: Duration::from_secs(28),
         }
     }
 }
 
 impl Deadlines {
-    /// The longest wait for a transfer of `bytes`.
-    pub(crate) fn transfer(&self, bytes: u64) -> Duration {
-        self.blob + Duration::from_secs(bytes / SLOWEST_BYTES_PER_SECOND)
+    /// What the bytes of an upload are given to leave, on top of the wait for the answer.
+    pub(crate) fn sending(bytes: u64) -> Duration {
+        Duration::from_secs(bytes / SLOWEST_BYTES_PER_SECOND)
+    }
+
+    /// The longest silence within a download, before the rest is asked for anew: a few tries fit into a stall.
+    pub(crate) fn silence(&self) -> Duration {
+        self.idle.min(self.stall / 3)
     }
 }
 

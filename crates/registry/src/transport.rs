@@ -148,7 +148,12 @@ impl Transport {
             if tries >= MAX_TRIES || pause >= rest || pause > LONGEST_PAUSE {
                 return settle(call, result).await;
             }
-            tracing::debug!(object = call.object, host = authority(&call.url), tries, ?pause, "retrying");
+            let host = authority(&call.url);
+            let reason = match &result {
+                Ok(response) => format!("answers {}", response.status()),
+                Err(error) => error.to_string(),
+            };
+            tracing::warn!(object = call.object, host, tries, %reason, "asking again in {} ms", pause.as_millis());
             tokio::time::sleep(pause).await;
         }
     }
@@ -227,8 +232,7 @@ impl Transport {
             }
         };
         // The answer to an upload comes after its last byte.
-        let wait =
-            if bytes == 0 { self.shared.deadlines.idle } else { self.shared.deadlines.transfer(bytes) };
+        let wait = self.shared.deadlines.idle + Deadlines::sending(bytes);
         match tokio::time::timeout(wait, request.send()).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(error)) => Err(network(call.object, url, &error)),

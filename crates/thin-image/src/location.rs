@@ -28,7 +28,10 @@ pub enum LocationError {
     #[error("does not begin with cvmfs://")]
     Scheme,
     /// No repository name that could be one.
-    #[error("the repository name must consist of letters, digits, '.', '-' and '_', with a dot inside")]
+    #[error(
+        "the repository name must consist of letters, digits, '-' and '_', in parts with dots between them, and not \
+         begin with '-'"
+    )]
     RepositoryName,
     /// Nothing after the repository name.
     #[error("names no directory in the repository")]
@@ -77,11 +80,13 @@ impl fmt::Display for Location {
     }
 }
 
+/// The rule by which clients mount, so that no image names a repository that none of them would take.
 fn check_fqrn(fqrn: &str) -> Result<(), LocationError> {
     let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_');
     let valid = fqrn.bytes().all(allowed)
         && fqrn.contains('.')
-        && !fqrn.starts_with(['.', '-'])
+        && fqrn.split('.').all(|part| !part.is_empty())
+        && !fqrn.starts_with('-')
         && fqrn.len() <= MAX_FQRN_BYTES;
     if valid { Ok(()) } else { Err(LocationError::RepositoryName) }
 }
@@ -136,6 +141,8 @@ mod tests {
             ("cvmfs://.a.b/x", RepositoryName),
             ("cvmfs://../x", RepositoryName),
             ("cvmfs://-a.b/x", RepositoryName),
+            ("cvmfs://a..b/x", RepositoryName),
+            ("cvmfs://a.b./x", RepositoryName),
             ("cvmfs://a.b:80/x", RepositoryName),
             ("cvmfs://a.b@c/x", RepositoryName),
             (&named, RepositoryName),

@@ -6,11 +6,13 @@ use layer_tar::{EntryKind, LayerEntry, LayerReader, Whiteout};
 
 use super::{Sink, SpecialFiles, Whiteouts};
 use crate::error::PublishError;
-use crate::tree::{Kind, LayerTree, Leaf};
+use crate::tree::{Kind, LayerTree, Leaf, Lookup};
 
-/// Reads a whole uncompressed archive into `tree`, storing file contents on the way.
+/// Reads a whole uncompressed archive into `tree`, storing file contents on the way. `existing` is what the repository
+/// has below the base.
 pub(crate) fn read_tar(
     input: impl Read,
+    existing: &mut Lookup<'_>,
     tree: &mut LayerTree,
     sink: &mut Sink<'_>,
 ) -> Result<(), PublishError> {
@@ -19,17 +21,18 @@ pub(crate) fn read_tar(
         .end_of_archive(sink.options.end_of_archive);
     while let Some(entry) = reader.next_entry()? {
         sink.begin_entry()?;
-        add(entry, tree, sink)?;
+        add(entry, existing, tree, sink)?;
     }
     Ok(())
 }
 
 fn add<R: Read>(
     mut entry: LayerEntry<'_, R>,
+    existing: &mut Lookup<'_>,
     tree: &mut LayerTree,
     sink: &mut Sink<'_>,
 ) -> Result<(), PublishError> {
-    let path = entry.path.clone();
+    let path = tree.followed(&entry.path, existing)?;
     let xattrs = std::mem::take(&mut entry.xattrs);
     let meta = sink.meta(path.as_bytes(), entry.mode, (entry.uid, entry.gid), entry.mtime, xattrs);
     if sink.options.whiteouts == Whiteouts::Overlay {
@@ -48,7 +51,14 @@ fn add<R: Read>(
     }
     let kind = match &entry.kind {
         EntryKind::Directory => return tree.add_directory(&path, meta),
-        EntryKind::HardLink(target) => return tree.add_hard_link(&path, target, meta.mtime),
+        EntryKind::HardLink(target) => {
+            // What leads nowhere now may be made by a later entry; if not, it is refused at the end.
+            let target = match tree.followed(target, existing) {
+                Err(PublishError::Entry { .. }) => target.clone(),
+                target => target?,
+            };
+            return tree.add_hard_link(&path, &target, meta.mtime);
+        }
         EntryKind::File { size } => {
             let size = *size;
             Kind::File(sink.store(&path, &mut entry, size)?)

@@ -164,19 +164,26 @@ impl Storage for Directory {
 
     fn put_object(&self, name: &ObjectName, stored: &[u8]) -> Result<Put, StorageError> {
         let target = self.root.join(name.path());
-        match fs::symlink_metadata(&target) {
+        let put = match fs::symlink_metadata(&target) {
             Ok(there) if there.len() == stored.len() as u64 => return Ok(Put::Present),
             // The name fixes the content, so another length is damage (a power failure
             // before the data reached the disk). Replacing it atomically is safe.
-            Ok(there) => tracing::warn!(
-                object = %name.path(), found = there.len(), expected = stored.len(),
-                "replacing a damaged object"
-            ),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Ok(there) => {
+                tracing::warn!(
+                    object = %name.path(), found = there.len(), expected = stored.len(),
+                    "replacing a damaged object"
+                );
+                Put::Replaced
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Put::New,
             Err(error) => return Err(at("look for", &target)(error)),
-        }
+        };
         self.place(&target, stored, false)?;
-        Ok(Put::New)
+        Ok(put)
+    }
+
+    fn is_sure_of_new_objects(&self) -> bool {
+        true
     }
 
     fn object_size(&self, name: &ObjectName) -> Result<Option<u64>, StorageError> {
@@ -356,7 +363,7 @@ mod tests {
         let storage = Directory::create(dir.path()).unwrap();
         let object = name(b"content");
         fs::write(dir.path().join(object.path()), b"").unwrap();
-        assert_eq!(storage.put_object(&object, b"content").unwrap(), Put::New);
+        assert_eq!(storage.put_object(&object, b"content").unwrap(), Put::Replaced);
         assert_eq!(storage.get_object(&object, 100).unwrap(), b"content");
     }
 

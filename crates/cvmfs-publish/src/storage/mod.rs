@@ -40,6 +40,8 @@ pub const MASTER_REPLICA: &str = ".cvmfs_master_replica";
 pub enum Put {
     /// It was not there and has been written.
     New,
+    /// A damaged one was there and has been replaced.
+    Replaced,
     /// An object of this name and length was there already; nothing was written.
     Present,
 }
@@ -151,7 +153,14 @@ pub trait Storage: Send + Sync + Debug {
         read_bounded(self.open_object(name)?, &name.path(), limit)
     }
 
-    /// Removes an object; one that is not there is fine. Only garbage collection does this.
+    /// Whether [`Put::New`] is certain: no revision can refer to the object yet, and a publisher that fails may remove
+    /// it again while it holds the lock.
+    fn is_sure_of_new_objects(&self) -> bool {
+        false
+    }
+
+    /// Removes an object; one that is not there is fine. Garbage collection does this, and publishers that fail with
+    /// what they stored.
     fn delete_object(&self, name: &ObjectName) -> Result<(), StorageError>;
 
     /// A file below the storage root, at most `limit` bytes; `None` if it does not exist.

@@ -1,5 +1,8 @@
 //! Container layers: whiteouts, hard links, merging, deleting, nested catalogs.
 
+use std::io::Write as _;
+use std::process::{Command, Stdio};
+
 use cvmfs_format::catalog::EntryFlags;
 use cvmfs_format::{ObjectKind, PathHash};
 use serde_json::{Value, json};
@@ -240,4 +243,119 @@ fn the_repository_remembers_its_algorithms_and_refuses_a_second_mkfs() {
     let again = repository.run("ingest", &["--delete", "/x/f", "--tag", "v1"], b"");
     assert_eq!(again.status.code(), Some(2), "a used tag name was accepted");
     assert_eq!(repository.head().manifest, manifest);
+}
+
+/// Paths, types and link targets of the archive, unpacked with a directory as the root of the file system as engines
+/// do it, in the form of [`listed`]; `None` if that fails.
+fn unpacked_in_changed_root(archive: &[u8]) -> Option<Vec<String>> {
+    const SCRIPT: &str = r#"
+import io, os, stat, sys, tarfile
+tarfile.TarFile.extraction_filter = staticmethod(lambda member, path: member)
+archive = tarfile.open(fileobj=io.BytesIO(sys.stdin.buffer.read()))
+"".encode("idna")  # codecs are loaded while their files can be found
+os.chroot(sys.argv[1])
+os.chdir("/")
+archive.extractall("/", numeric_owner=True)
+kinds = {stat.S_IFDIR: "dir", stat.S_IFREG: "file", stat.S_IFLNK: "symlink"}
+for directory, names, files in os.walk("/"):
+    for path in (os.path.join(directory, name) for name in names + files):
+        kind = kinds[stat.S_IFMT(os.lstat(path).st_mode)]
+        print("/x" + path, kind, os.readlink(path) if kind == "symlink" else "")
+"#;
+    let root = tempfile::tempdir().unwrap();
+    let mut python = Command::new("/usr/bin/python3");
+    python
+        .args(["-c", SCRIPT])
+        .arg(root.path())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
+    let mut python = python.spawn().unwrap();
+    python.stdin.take().unwrap().write_all(archive).unwrap();
+    let output = python.wait_with_output().unwrap();
+    let mut lines: Vec<String> =
+        String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect();
+    lines.sort();
+    output.status.success().then_some(lines)
+}
+
+/// Paths, types and link targets below `/x`.
+fn listed(tree: &Tree) -> Vec<String> {
+    let line = |(path, entry): (&String, &Value)| {
+        let target = entry["target"].as_str().unwrap_or_default();
+        format!("{path} {} {target}", entry["type"].as_str().unwrap())
+    };
+    tree.iter().filter(|(path, _)| *path != "/x").map(line).collect()
+}
+
+/// Layers of real images have entries below links that they made before: `bin -> usr/bin`, then `bin/x`.
+#[test]
+fn entries_below_symbolic_links_go_where_an_engine_puts_them() {
+    let usr = || Tar::default().dir("usr", 0o755).dir("usr/bin", 0o755).dir("run", 0o755).dir("var", 0o755);
+    let link = |tar: Tar, name, target| tar.link(b'2', name, target);
+    let chain = |length: usize| {
+        (1..length).fold(link(usr(), "l0", "usr"), |tar, number| {
+            tar.link(b'2', &format!("l{number}"), &format!("l{}", number - 1))
+        })
+    };
+    let cases = [
+        link(usr(), "bin", "usr/bin").file("bin/x", b"x").dir("bin/d", 0o755).file("bin/new/deep/x", b"x"),
+        link(usr(), "var/run", "/run").file("var/run/x", b"x"),
+        link(usr(), "var/run", "../../../run").file("var/run/x", b"x"),
+        link(link(usr(), "bin", "usr/bin"), "bin/up", "/bin/../../usr").file("bin/up/x", b"x"),
+        link(usr(), "bin", "usr/bin").file("bin/a", b"a").link(b'1', "hard", "bin/a").link(
+            b'1',
+            "bin/b",
+            "usr/bin/a",
+        ),
+        link(usr(), "here", "./").file("here/here/x", b"x"),
+        link(usr(), "var/run", "/missing").file("var/run/x", b"x"),
+        link(usr(), "var/run", "/missing").file("var/run/deep/x", b"x"),
+        link(usr().file("f", b"f"), "l", "f").file("l/x", b"x"),
+        link(link(usr(), "a", "b"), "b", "a").file("a/x", b"x"),
+        chain(40).file("l39/x", b"x"),
+        chain(41).file("l40/x", b"x"),
+    ];
+    for (number, archive) in cases.into_iter().enumerate() {
+        let archive = archive.finish();
+        let repository = Repository::create(&[]);
+        match unpacked_in_changed_root(&archive) {
+            Some(expected) => {
+                repository.ingest("x", &archive, &["--whiteouts", "overlay"]);
+                repository.assert_sound();
+                assert_eq!(listed(&repository.tree("/x")), expected, "case {number}");
+            }
+            None => {
+                let message = repository.refuses(1, &archive, &[]);
+                assert!(message.contains("lies below"), "case {number}: {message}");
+            }
+        }
+    }
+}
+
+#[test]
+fn links_that_the_repository_has_below_the_base_are_followed() {
+    let repository = Repository::create(&[]);
+    let base =
+        Tar::default().dir("usr/bin", 0o755).link(b'2', "bin", "/usr/bin").link(b'2', "out", "../../y");
+    repository.ingest("x", &base.finish(), &[]);
+    repository.ingest("y", &Tar::default().file("f", b"f").finish(), &[]);
+    let more = Tar::default().file("bin/tool", b"t").link(b'2', "lib", "usr/bin").file("lib/second", b"s");
+    repository.ingest("x", &more.finish(), &[]);
+    repository.assert_sound();
+    let expected =
+        ["/x/bin symlink /usr/bin", "/x/lib symlink usr/bin", "/x/out symlink ../../y", "/x/usr dir "];
+    let below = ["/x/usr/bin dir ", "/x/usr/bin/second file ", "/x/usr/bin/tool file "];
+    assert_eq!(listed(&repository.tree("/x")), [&expected[..], &below].concat());
+
+    // What the archive replaced before, the repository has no more.
+    let hidden = Tar::default().file(".wh.bin", b"").file("bin/tool", b"t").finish();
+    repository.ingest("x", &hidden, &["--whiteouts", "overlay"]);
+    assert_eq!(at(&repository.tree("/x"), "/x/bin/tool")["type"], "file");
+
+    let output =
+        repository.run("ingest", &["--base", "x", "--tar", "-"], &Tar::default().file("out/f", b"").finish());
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("out/f: lies below out, a symbolic link to ../../y, which is not"), "{message}");
 }

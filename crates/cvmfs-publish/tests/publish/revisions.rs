@@ -183,3 +183,16 @@ fn the_server_says_where_it_listens_and_logs_requests() {
         .unwrap();
     assert!(server.wait().unwrap().success());
 }
+
+#[test]
+fn mkfs_resign_and_info_agree_until_when_the_whitelist_is_valid() {
+    let directory = tempfile::tempdir().unwrap();
+    let (storage, keys) = (directory.path().join("storage"), directory.path().join("keys"));
+    let repository = Repository::at("test.example.org", &storage, &keys);
+    let expires = |verb: &str| {
+        let report: serde_json::Value = serde_json::from_str(&repository.ok(verb, &["--json"])).unwrap();
+        report["whitelist_expires"].as_i64().unwrap()
+    };
+    assert_eq!(expires("mkfs"), expires("info"));
+    assert_eq!(expires("resign"), expires("info"));
+}

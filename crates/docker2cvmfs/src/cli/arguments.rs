@@ -99,11 +99,12 @@ pub(super) struct ThinArguments {
 }
 
 #[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("target").args(["directory", "repository"]).required(true)))]
 pub(super) struct PullArguments {
     #[command(flatten)]
     pub(super) image: ImageArguments,
     /// Directory for the layers, as <digest>.tar.gz
-    #[arg(value_name = "DIRECTORY", required_unless_present = "repository", conflicts_with = "repository")]
+    #[arg(value_name = "DIRECTORY")]
     pub(super) directory: Option<PathBuf>,
     /// Publish the layers in this repository instead
     #[arg(long, short, value_name = "FQRN", requires_all = ["storage", "keys"])]

@@ -40,11 +40,7 @@ impl Output {
     /// want a login, a directory may be missing.
     pub(super) fn prepare(&self, client: &Client) -> Result<(), ConvertError> {
         match self {
-            Self::Registry(reference) => {
-                // Any digest will do: the question makes the registry judge our rights.
-                client.has_blob(reference, &Digest::sha256_of(b""))?;
-                Ok(())
-            }
+            Self::Registry(reference) => Ok(client.check_push(reference)?),
             Self::DockerArchive { file, .. } => {
                 let failed = |cause| ConvertError::Output { file: file.clone(), cause };
                 let directory = file.parent().filter(|parent| !parent.as_os_str().is_empty());

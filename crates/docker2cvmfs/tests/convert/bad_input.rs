@@ -289,3 +289,25 @@ fn a_kill_during_the_download_leaves_nothing_and_the_next_run_succeeds() {
     assert_eq!(report["revision"], 2);
     place.assert_consistent();
 }
+
+#[test]
+fn a_destination_that_cannot_be_reached_is_called_by_its_name() {
+    let place = Workplace::new();
+    let reference = push(&place, &image());
+    let ran = place.convert(&reference, &["--output", "127.0.0.1:1/thin:1"]);
+    assert_eq!(ran.code, 4, "{}", ran.stderr);
+    assert!(
+        ran.stderr.contains("destination 127.0.0.1:1/thin:1: cannot reach 127.0.0.1:1"),
+        "{}",
+        ran.stderr
+    );
+    assert!(!ran.stderr.contains("sha256:"), "{}", ran.stderr);
+    assert_eq!(place.revision(), 1);
+}
+
+#[test]
+fn a_pull_without_a_target_names_both() {
+    let ran = Workplace::new().run(&["pull", "image:1"]);
+    assert_eq!(ran.code, 2);
+    assert!(ran.stderr.contains("DIRECTORY") && ran.stderr.contains("--repository"), "{}", ran.stderr);
+}

@@ -1,8 +1,8 @@
 //! Repositories mounted by our own client, in processes of their own.
 
-use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+use std::{fs, io};
 
 use cvmfs_client::config::ConfigSources;
 use cvmfs_fuse::MountRequest;
@@ -10,6 +10,11 @@ use cvmfs_fuse::control;
 
 use super::{Fqrn, RepositoryError, RepositoryMounts, RepositoryStatus};
 use crate::mounts;
+
+/// A client that was told to end, because it did not answer in time, may still be mounted so long.
+const LEAVING_TIME: Duration = Duration::from_millis(500);
+/// Between two looks whether it is gone.
+const LEAVING_PAUSE: Duration = Duration::from_millis(20);
 
 /// How the client is to be run.
 #[derive(Debug, Clone)]
@@ -72,7 +77,26 @@ impl ClientMounts {
             }
             cause = next.source();
         }
+        // The client begins with the name of the repository, and so does this error.
+        let message = message.strip_prefix(&format!("{fqrn}: ")).unwrap_or(&message).to_owned();
         RepositoryError::Mount { fqrn: fqrn.clone(), message }
+    }
+
+    /// Removes the directory of a repository that is not mounted: the names come from images, and would stay for
+    /// good.
+    fn remove_mountpoint(&self, fqrn: &Fqrn) {
+        let mountpoint = self.mountpoint(fqrn);
+        let end = Instant::now() + LEAVING_TIME;
+        // Removes nothing that has content, or on which something is mounted.
+        while let Err(error) = fs::remove_dir(&mountpoint) {
+            if error.kind() != io::ErrorKind::ResourceBusy || Instant::now() >= end {
+                if error.kind() != io::ErrorKind::NotFound {
+                    tracing::debug!(%fqrn, %error, "cannot remove the mount point");
+                }
+                return;
+            }
+            std::thread::sleep(LEAVING_PAUSE);
+        }
     }
 
     /// The control socket of a mounted repository.
@@ -99,8 +123,10 @@ impl RepositoryMounts for ClientMounts {
                 })
                 .map_err(|error| Self::failed(fqrn, &error))?;
         }
-        let mounted =
-            cvmfs_fuse::mount(&self.request(fqrn), timeout).map_err(|error| Self::failed(fqrn, &error))?;
+        let mounted = cvmfs_fuse::mount(&self.request(fqrn), timeout).map_err(|error| {
+            self.remove_mountpoint(fqrn);
+            Self::failed(fqrn, &error)
+        })?;
         tracing::info!(%fqrn, supervisor = mounted.supervisor_pid, "repository mounted");
         Ok(mountpoint)
     }
@@ -121,7 +147,7 @@ impl RepositoryMounts for ClientMounts {
         let mountpoint = self.mountpoint(fqrn);
         cvmfs_fuse::unmount(&mountpoint).map_err(|error| Self::failed(fqrn, &error))?;
         // Empty now; made again by the next mount.
-        let _ = fs::remove_dir(&mountpoint);
+        self.remove_mountpoint(fqrn);
         Ok(())
     }
 
@@ -155,10 +181,22 @@ impl RepositoryMounts for ClientMounts {
                 Err(error) => tracing::warn!(%fqrn, %error, "cannot remove a dead mount"),
             }
         }
+        self.remove_left_mountpoints();
     }
 }
 
 impl ClientMounts {
+    /// Removes the directories of repositories that a killed process was about to mount.
+    fn remove_left_mountpoints(&self) {
+        let Ok(entries) = fs::read_dir(&self.directory) else { return };
+        for entry in entries.flatten() {
+            let path = entry.path();
+            if !mounts::is_mounted(&path) && fs::remove_dir(&path).is_ok() {
+                tracing::debug!(mountpoint = %path.display(), "removed an unused mount point");
+            }
+        }
+    }
+
     fn status_of(&self, fqrn: Fqrn) -> RepositoryStatus {
         let status = self.control(&fqrn).map(|control| cvmfs_fuse::status(&control));
         let summary = match status {
@@ -175,5 +213,22 @@ impl ClientMounts {
             None => "mounted, but its process is gone".to_owned(),
         };
         RepositoryStatus { fqrn, summary }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directories_of_repositories_that_are_not_mounted_go_at_the_next_start() {
+        let directory = tempfile::tempdir().unwrap();
+        for name in ["left.example.org", "full.example.org/file"] {
+            fs::create_dir_all(directory.path().join(name)).unwrap();
+        }
+        let options = ClientOptions { config: "/nowhere".into(), cache: "/nowhere".into(), log_json: false };
+        ClientMounts::new(directory.path(), options).recover();
+        assert!(!directory.path().join("left.example.org").exists());
+        assert!(directory.path().join("full.example.org").exists(), "what is not empty is not ours");
     }
 }

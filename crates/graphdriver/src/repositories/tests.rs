@@ -56,10 +56,10 @@ fn a_mount_that_failed_is_not_counted_and_tried_again() {
     let (directory, _mounts, repositories) = repository(&[]);
     let x = place("layers/x");
     let error = repositories.acquire("container", &[&x]).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "cannot mount repository a.example.org: not configured: add config.d/FQRN.conf"
-    );
+    let message = error.to_string();
+    let cause = "cannot mount repository a.example.org: not configured: add config.d/FQRN.conf; ";
+    assert!(message.starts_with(cause), "{message}");
+    assert!(message.contains("run `cvmfs-client check a.example.org`"), "{message}");
     assert_eq!(repositories.holders("a.example.org"), 0);
     fs::create_dir_all(directory.path().join("a.example.org/layers/x")).unwrap();
     repositories.acquire("container", &[&x]).unwrap();

@@ -1,8 +1,9 @@
 //! Finding and making the directories that entries go into, always within the target.
 //!
-//! Relative symbolic links that the archive itself brought are followed as long as they stay in the layer, as
-//! an engine that unpacks in a changed root does. One that leads out, or is absolute, is refused by the kernel
-//! (`RESOLVE_BENEATH`); on kernels that cannot tell, every symbolic link is.
+//! Symbolic links that the archive itself brought are followed as by an engine that unpacks in a changed root: the
+//! kernel takes the layer as the root (`RESOLVE_IN_ROOT`), so absolute links begin there and `..` ends there. What
+//! leads to nothing, or through more links than the kernel follows (40), is refused; on kernels that cannot resolve
+//! like that, every symbolic link is.
 
 use super::ApplyError;
 use crate::marks::{OpaqueXattr, is_whiteout, make_opaque};
@@ -60,9 +61,9 @@ impl Resolver {
             Some((last, fd)) if *last == directory => return Ok(Rc::clone(fd)),
             _ => {}
         }
-        let opened = match self.open_beneath(directory.as_bytes()) {
+        let opened = match self.open_in_root(directory.as_bytes()) {
             Ok(fd) => fd,
-            Err(Errno::XDEV | Errno::LOOP) => return Err(ApplyError::LeadsOut { entry: entry.clone() }),
+            Err(Errno::LOOP) => return Err(ApplyError::Circle { entry: entry.clone() }),
             Err(_) => self.open_step_by_step(entry, &directory, missing)?,
         };
         let opened = Rc::new(opened);
@@ -70,12 +71,12 @@ impl Resolver {
         Ok(opened)
     }
 
-    fn open_beneath(&self, path: &[u8]) -> rustix::io::Result<OwnedFd> {
+    fn open_in_root(&self, path: &[u8]) -> rustix::io::Result<OwnedFd> {
         if path.len() > LONG {
             return Err(Errno::NAMETOOLONG);
         }
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
         loop {
             // EAGAIN: some rename happened anywhere in the system while `..` was resolved.
             match openat2(&self.root, path, flags, Mode::empty(), resolve) {
@@ -131,11 +132,12 @@ impl Resolver {
         };
         let stat = statat(parent, component, AtFlags::SYMLINK_NOFOLLOW).map_err(write("examine a parent"))?;
         if kind(&stat) == FileType::Symlink {
-            return self.open_beneath(so_far).map_err(|error| match error {
+            return self.open_in_root(so_far).map_err(|error| match error {
                 Errno::NOENT | Errno::NOTDIR => {
                     ApplyError::NotDirectory { entry: entry.clone(), obstacle: shown(so_far) }
                 }
-                _ => ApplyError::LeadsOut { entry: entry.clone() },
+                Errno::LOOP => ApplyError::Circle { entry: entry.clone() },
+                error => write("follow a symbolic link above it")(error),
             });
         }
         if is_whiteout(&stat) && missing == Missing::Create {

@@ -4,8 +4,9 @@
 use layer_tar::{Device, LayerEntryMeta, LayerPath, LayerWriter, TimePrecision, Xattr};
 use overlay::apply::{Applied, ApplyError, ApplyOptions, apply};
 use overlay::mount::{OverlayMount, Unmount, unmount};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use tempfile::TempDir;
 
 /// A directory on the file system of the build, which is no overlay on any sane machine.
@@ -31,6 +32,29 @@ pub fn listing(directory: &Path) -> String {
            find . \( -type c -o -type b \) -print0 | LC_ALL=C sort -z | xargs -0r stat -c '%n %t:%T';
            find . \( -type f -o -type d \) -print0 | LC_ALL=C sort -z | xargs -0r getfattr -h -d -m '^(user|security\.capability)' -e hex 2>/dev/null"#,
     )
+}
+
+/// Unpacks an archive as an engine does, with `directory` as the root of the file system; false if that fails.
+pub fn unpack_in_changed_root(archive: &[u8], directory: &Path) -> bool {
+    const SCRIPT: &str = r#"
+import io, os, sys, tarfile
+tarfile.TarFile.extraction_filter = staticmethod(lambda member, path: member)
+archive = tarfile.open(fileobj=io.BytesIO(sys.stdin.buffer.read()))
+"".encode("idna")  # codecs are loaded while their files can be found
+os.chroot(sys.argv[1])
+os.chdir("/")
+archive.extractall("/", numeric_owner=True)
+"#;
+    let mut python = Command::new("/usr/bin/python3");
+    let mut python = python
+        .args(["-c", SCRIPT])
+        .arg(directory)
+        .stdin(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    python.stdin.take().unwrap().write_all(archive).unwrap();
+    python.wait().unwrap().success()
 }
 
 /// [`listing`] without what an archive does not carry: fractions of seconds, and counts of links, which overlayfs

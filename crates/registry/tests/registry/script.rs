@@ -34,6 +34,8 @@ pub struct Answer {
     pub headers: Vec<(&'static str, String)>,
     pub body: Vec<u8>,
     pub length: Option<usize>,
+    /// The connection stays open so long after the last byte.
+    pub silence: std::time::Duration,
 }
 
 impl Answer {
@@ -43,6 +45,12 @@ impl Answer {
 
     pub fn header(mut self, name: &'static str, value: impl Into<String>) -> Self {
         self.headers.push((name, value.into()));
+        self
+    }
+
+    /// Says nothing more after the body, for longer than anybody waits.
+    pub fn then_silent(mut self) -> Self {
+        self.silence = std::time::Duration::from_secs(60);
         self
     }
 
@@ -109,6 +117,7 @@ fn serve(mut stream: TcpStream, handler: &Handler, log: &Mutex<Vec<Request>>) {
     }
     head.push_str("\r\n");
     let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&answer.body));
+    std::thread::sleep(answer.silence);
 }
 
 fn read(stream: &TcpStream) -> Option<Request> {
@@ -139,7 +148,7 @@ pub fn client(credentials: Credentials) -> Client {
 
 pub fn impatient_client() -> Client {
     let second = std::time::Duration::from_secs(1);
-    let deadlines = Deadlines { connect: second, idle: second, document: 4 * second, blob: 4 * second };
+    let deadlines = Deadlines { connect: second, idle: second, document: 4 * second, stall: 3 * second };
     Client::new(ClientSettings { credentials: Credentials::none(), deadlines, ..ClientSettings::default() })
         .unwrap()
 }
