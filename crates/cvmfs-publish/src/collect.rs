@@ -13,6 +13,7 @@ use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use cvmfs_format::catalog::Catalog;
@@ -185,7 +186,7 @@ impl Publisher {
 const MAX_STATUS: u64 = 64 << 10;
 
 /// A Unix time as `date --utc` prints it.
-fn date(unix: i64) -> String {
+pub(crate) fn date(unix: i64) -> String {
     const FORM: &[time::format_description::BorrowedFormatItem<'_>] = time::macros::format_description!(
         "[weekday repr:short] [month repr:short] [day padding:space] [hour]:[minute]:[second] UTC [year]"
     );
@@ -256,7 +257,9 @@ impl Mark<'_> {
             }
             self.publisher.options.interrupt.check()?;
             let catalog = self.open(hash)?;
+            let counters = &self.publisher.options.counters;
             each_object(&catalog, hash, |name| {
+                counters.entries.fetch_add(1, Ordering::Relaxed);
                 self.kept.insert(name.hash);
             })?;
             let nested = catalog.nested().map_err(|error| damaged(hash, &error))?;
@@ -439,6 +442,9 @@ impl Sweep<'_> {
             log.note(&name)?;
         }
         self.report.objects_removed += 1;
+        if !self.dry_run {
+            self.publisher.options.counters.removed_objects.fetch_add(1, Ordering::Relaxed);
+        }
         self.report.bytes_removed += size;
         Ok(())
     }

@@ -22,13 +22,15 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use cvmfs_format::ContentHash;
 use cvmfs_format::signature::MasterKeys;
 
 use crate::apply::Apply;
-use crate::commit::{Commit, check_tag_name};
+use crate::balance::{Balance, CatalogLimits, dirtab_entry, divide_tree};
+use crate::commit::{Commit, Signer, check_tag_name};
 use crate::error::{PublishError, shown};
 use crate::head::Head;
-use crate::ingest::{IngestOptions, IngestReport, Owner, Sink, read_directory, read_tar};
+use crate::ingest::{IngestOptions, IngestReport, Owner, Sink, XdirHardLinks, read_directory, read_tar};
 use crate::interrupt::Interrupt;
 use crate::keys::{KeyFiles, ReleaseKeys};
 use crate::path::{RepositoryPath, parent_of};
@@ -60,6 +62,8 @@ pub struct OpenOptions {
     pub interrupt: Interrupt,
     /// Where progress is counted.
     pub counters: Arc<Counters>,
+    /// When catalogs are divided.
+    pub catalog_limits: CatalogLimits,
     /// Source of time.
     pub clock: Clock,
 }
@@ -70,6 +74,7 @@ impl Default for OpenOptions {
             lock_wait: DEFAULT_LOCK_WAIT,
             interrupt: Interrupt::default(),
             counters: Arc::default(),
+            catalog_limits: CatalogLimits::default(),
             clock: system_clock,
         }
     }
@@ -150,10 +155,20 @@ impl Publisher {
     /// Begins a transaction on the published revision. Dropping it without a commit publishes nothing; objects it
     /// has stored remain, unreferenced.
     pub fn begin(&mut self) -> Result<Transaction<'_>, PublishError> {
-        let workspace = Workspace::open(self.storage.clone(), self.head.manifest.root_catalog)?;
+        let mut workspace = Workspace::open(self.storage.clone(), self.head.manifest.root_catalog)?;
+        let old_dirtab = dirtab_entry(&mut workspace)?.and_then(|entry| entry.hash);
         let counters = self.options.counters.clone();
         let pipeline = Pipeline::start(self.storage.clone(), counters, self.settings.chunks.max);
-        Ok(Transaction { publisher: self, workspace, pipeline, started: Instant::now(), unfinished: false })
+        let started = Instant::now();
+        Ok(Transaction { publisher: self, workspace, pipeline, started, old_dirtab, unfinished: false })
+    }
+
+    fn encoding(&self, options: &IngestOptions) -> Encoding {
+        Encoding {
+            algorithm: self.head.manifest.root_catalog.algorithm,
+            compression: options.compression.unwrap_or(self.settings.compression),
+            deflate: options.deflate.unwrap_or(self.settings.deflate),
+        }
     }
 
     pub(crate) fn forget_lookups(&mut self) {
@@ -210,6 +225,8 @@ pub struct Transaction<'p> {
     workspace: Workspace,
     pipeline: Pipeline,
     started: Instant,
+    /// Content of `/.cvmfsdirtab` before the transaction.
+    old_dirtab: Option<ContentHash>,
     /// A change of the catalogs began and did not end: they must not be published.
     unfinished: bool,
 }
@@ -287,9 +304,18 @@ impl Transaction<'_> {
             ));
         }
         self.pipeline.wait()?;
-        let Transaction { publisher, workspace, pipeline, started, .. } = self;
+        let Transaction { publisher, mut workspace, pipeline, started, old_dirtab, .. } = self;
         drop(pipeline);
         publisher.options.interrupt.check()?;
+        let balance = Balance {
+            workspace: &mut workspace,
+            signer: &Signer::of(publisher),
+            encoding: publisher.encoding(&IngestOptions::default()),
+            limits: publisher.options.catalog_limits,
+            now: (publisher.options.clock)(),
+            old_dirtab,
+        };
+        balance.run()?;
         let head = Commit { publisher: &*publisher, workspace }.publish(tag)?;
         publisher.head = head;
         publisher.forget_lookups();
@@ -318,11 +344,7 @@ impl Transaction<'_> {
             return Err(PublishError::Usage(reason.to_owned()));
         }
         let settings = self.publisher.settings;
-        let encoding = Encoding {
-            algorithm: self.publisher.head.manifest.root_catalog.algorithm,
-            compression: options.compression.unwrap_or(settings.compression),
-            deflate: options.deflate.unwrap_or(settings.deflate),
-        };
+        let encoding = self.publisher.encoding(options);
         let now = ((self.publisher.options.clock)(), 0);
         let mut tree = LayerTree::new(now);
         let mut sink = Sink {
@@ -336,9 +358,18 @@ impl Transaction<'_> {
         };
         read(&mut tree, &mut sink)?;
         tree.finish()?;
+        if options.xdir_hard_links == XdirHardLinks::Refuse {
+            tree.refuse_links_across_directories()?;
+        }
         if options.catalog && self.workspace.lookup(&joined(base.as_bytes(), MARKER))?.is_none() {
             tree.add_marker(MARKER, marker_meta(options, now), sink.store_empty()?);
         }
+        divide_tree(
+            &mut tree,
+            self.publisher.options.catalog_limits,
+            || sink.store_empty(),
+            |path| Ok(self.workspace.lookup(&joined(base.as_bytes(), path.as_bytes()))?.is_some()),
+        )?;
         let report = sink.report;
         self.pipeline.wait()?;
         self.publisher.options.interrupt.check()?;

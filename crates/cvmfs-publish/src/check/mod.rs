@@ -12,6 +12,7 @@
 
 mod catalogs;
 mod objects;
+mod partial;
 mod references;
 
 use std::collections::{HashMap, HashSet};
@@ -20,12 +21,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use cvmfs_format::signature::MasterKeys;
-use cvmfs_format::{Compression, ObjectName};
+use cvmfs_format::{Compression, ContentHash, ObjectName};
 use serde::Serialize;
 
 use crate::commit::Scratch;
 use crate::error::{PublishError, shown};
 use crate::head::Head;
+use crate::path::RepositoryPath;
 use crate::pipeline::Counters;
 use crate::publisher::{Clock, system_clock};
 use crate::storage::Storage;
@@ -44,6 +46,10 @@ pub struct CheckOptions {
     pub masters: MasterKeys,
     /// Check every tagged revision as thoroughly as the current one.
     pub tags: bool,
+    /// Check only this entry and what is below it.
+    pub path: Option<RepositoryPath>,
+    /// Check only what changed since the revision with this root catalog.
+    pub since: Option<ContentHash>,
     /// Read and verify the stored bytes of every object; otherwise only look whether it is there.
     pub contents: bool,
     /// Look for objects that no revision in the reflog refers to.
@@ -62,6 +68,8 @@ impl CheckOptions {
             storage,
             masters,
             tags: false,
+            path: None,
+            since: None,
             contents: true,
             unreferenced: true,
             counters: Arc::default(),
@@ -157,16 +165,23 @@ pub fn check(options: &CheckOptions) -> Result<CheckReport, PublishError> {
         referenced: HashSet::new(),
         trees: HashMap::new(),
         catalogs: 0,
+        unpacked: 0,
     };
     let roots = check.references(&head, now)?;
-    check.revision(&head)?;
+    match options.path.as_ref().filter(|path| !path.is_root()) {
+        Some(path) => check.subtree(&head, path)?,
+        None => check.revision(&head)?,
+    }
     if options.tags {
         for tag in &roots.tagged {
             check.tagged(tag)?;
         }
     }
     let bytes = check.verify_objects();
-    let unreferenced = if options.unreferenced { check.unreferenced(&roots)? } else { Vec::new() };
+    // what a part does not refer to may be in use elsewhere
+    let is_whole = options.path.is_none() && options.since.is_none();
+    let unreferenced =
+        if options.unreferenced && is_whole { check.unreferenced(&roots)? } else { Vec::new() };
     let findings = check.findings;
     Ok(CheckReport {
         fqrn: options.fqrn.clone(),
@@ -200,6 +215,8 @@ struct Check<'o> {
     /// Catalogs examined already, also in vain: tags share most of theirs.
     trees: HashMap<(ObjectName, Vec<u8>), Option<catalogs::Tree>>,
     catalogs: u64,
+    /// Catalogs opened beside those that are examined.
+    unpacked: u64,
 }
 
 /// Where an object is used.

@@ -164,18 +164,21 @@ impl Storage for Directory {
 
     fn put_object(&self, name: &ObjectName, stored: &[u8]) -> Result<Put, StorageError> {
         let target = self.root.join(name.path());
-        match fs::symlink_metadata(&target) {
-            Ok(there) if there.len() == stored.len() as u64 => return Ok(Put::Present),
-            // The name fixes the content, so another length is damage (a power failure
-            // before the data reached the disk). Replacing it atomically is safe.
-            Ok(there) => tracing::warn!(
-                object = %name.path(), found = there.len(), expected = stored.len(),
-                "replacing a damaged object"
-            ),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(at("look for", &target)(error)),
+        if is_present(&target, stored.len() as u64)? {
+            return Ok(Put::Present);
         }
         self.place(&target, stored, false)?;
+        Ok(Put::New)
+    }
+
+    fn put_object_file(&self, name: &ObjectName, file: &Path) -> Result<Put, StorageError> {
+        let target = self.root.join(name.path());
+        let size = fs::metadata(file).map_err(at("read", file))?.len();
+        if is_present(&target, size)? {
+            return Ok(Put::Present);
+        }
+        fs::set_permissions(file, fs::Permissions::from_mode(FILE_MODE)).map_err(at("write", file))?;
+        rename_making_parent(file, &target).map_err(at("write", &target))?;
         Ok(Put::New)
     }
 
@@ -219,6 +222,14 @@ impl Storage for Directory {
         self.place(&self.root.join(name), content, true)
     }
 
+    fn delete_file(&self, name: &str) -> Result<(), StorageError> {
+        let path = self.root.join(name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at("remove", &path)(error)),
+            _ => Ok(()),
+        }
+    }
+
     fn settle(&self) -> Result<(), StorageError> {
         // One syncfs for the whole publish: syncing each object would cost more than compressing it.
         let root = File::open(&self.root).map_err(at("open", &self.root))?;
@@ -254,6 +265,22 @@ impl Storage for Directory {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(at("create", &path))?;
         Ok(path)
     }
+}
+
+/// Whether an object is there as it should be.
+fn is_present(target: &Path, size: u64) -> Result<bool, StorageError> {
+    match fs::symlink_metadata(target) {
+        Ok(there) if there.len() == size => return Ok(true),
+        // The name fixes the content, so another length is damage (a power failure
+        // before the data reached the disk). Replacing it atomically is safe.
+        Ok(there) => tracing::warn!(
+            object = %target.display(), found = there.len(), expected = size,
+            "replacing a damaged object"
+        ),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(at("look for", target)(error)),
+    }
+    Ok(false)
 }
 
 fn stored(path: String, found: &fs::Metadata) -> StoredObject {

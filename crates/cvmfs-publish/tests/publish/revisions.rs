@@ -35,6 +35,22 @@ fn owned(names: &[(&str, u64)]) -> Vec<(String, u64)> {
 }
 
 #[test]
+fn the_description_of_a_tag_can_be_changed() {
+    let repository = Repository::create(&[]);
+    repository.ok_tag("add", "v1");
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_cvmfs-publish"));
+    command.args(["tag", "annotate", &repository.fqrn, "v1", "--description", "the first one", "--storage"]);
+    command.arg(&repository.storage).arg("--keys").arg(&repository.keys);
+    crate::support::expect_success(command.output().unwrap());
+    let info: Value = serde_json::from_str(&repository.ok("info", &["--json"])).unwrap();
+    let tags = info["tags"].as_array().unwrap();
+    let tag = tags.iter().find(|tag| tag["name"] == "v1").unwrap();
+    assert_eq!((&tag["description"], &tag["revision"]), (&"the first one".into(), &1.into()));
+    assert_eq!(info["revision"], 1);
+    repository.assert_sound();
+}
+
+#[test]
 fn tags_are_added_listed_and_removed_without_a_new_revision() {
     let repository = Repository::create(&[]);
     repository.ingest("x", &Tar::default().file("f", b"1").finish(), &["--tag", "one"]);
@@ -104,6 +120,40 @@ fn an_expired_whitelist_stops_publishing_until_it_is_renewed() {
     assert!(output.status.success() && message.contains("expires on"), "no warning of the expiry: {message}");
     repository.assert_sound();
     assert!(!repository.oracle_tree("/x").is_empty());
+}
+
+fn whitelist_expiry(repository: &Repository) -> i64 {
+    let info: Value = serde_json::from_str(&repository.ok("info", &["--json"])).unwrap();
+    info["whitelist_expires"].as_i64().unwrap()
+}
+
+#[test]
+fn a_whitelist_is_renewed_when_little_is_left_and_by_the_daemon_without_being_asked() {
+    let repository = Repository::create(&["--whitelist-days", "20"]);
+    let before = repository.raw(".cvmfswhitelist");
+    assert!(repository.ok("resign", &["--when-left", "7d"]).contains("still valid until"));
+    assert_eq!(repository.raw(".cvmfswhitelist"), before);
+    repository.ok("resign", &["--when-left", "21d", "--days", "5"]);
+    assert!(whitelist_expiry(&repository) < system_clock() + 6 * 24 * 3600);
+
+    let options = ["--daemon", "--days", "40", "--when-left", "6d", "--interval", "1s", "--json"];
+    let mut daemon = repository.command("resign", &options).stdout(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(daemon.stdout.take().unwrap());
+    let mut line = String::new();
+    said.read_line(&mut line).unwrap();
+    let first: Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(first["renewed"], true);
+    assert!(whitelist_expiry(&repository) > system_clock() + 38 * 24 * 3600);
+    // somebody shortens it: the daemon renews it again
+    repository.ok("resign", &["--days", "2"]);
+    line.clear();
+    said.read_line(&mut line).unwrap();
+    assert!(line.contains(r#""renewed":true"#), "{line}");
+    assert!(whitelist_expiry(&repository) > system_clock() + 38 * 24 * 3600);
+    rustix::process::kill_process(rustix::process::Pid::from_child(&daemon), rustix::process::Signal::TERM)
+        .unwrap();
+    assert!(daemon.wait().unwrap().success());
+    repository.assert_sound();
 }
 
 #[test]
