@@ -12,6 +12,7 @@ use cvmfs_format::signature::MasterKeys;
 use cvmfs_format::{ContentHash, ObjectKind, ObjectName};
 use serde::Serialize;
 
+use crate::check::{CheckOptions, require_complete};
 use crate::commit::{Scratch, Signer, check_tag_name};
 use crate::create::write_whitelist;
 use crate::error::PublishError;
@@ -91,6 +92,13 @@ impl Publisher {
         if target.root_catalog == current.root_catalog {
             return Err(PublishError::Usage(format!("tag {name} is the current revision")));
         }
+        // what was collected meanwhile, or got lost, would be missed by every client
+        let complete = CheckOptions {
+            since: Some(current.root_catalog),
+            contents: false,
+            ..CheckOptions::new(&self.fqrn, self.storage.clone(), self.masters.clone())
+        };
+        require_complete(&complete, &target)?;
         let now = (self.options.clock)();
         let revision = current.revision + 1;
         let scratch = Scratch::new(&*self.storage)?;

@@ -260,10 +260,17 @@ fn gc(arguments: Gc, json: bool) -> Result<(), PublishError> {
     let interrupt = Interrupt::default();
     signals::interrupt_on_signal(interrupt.clone())?;
     let counters = Arc::new(Counters::default());
-    let options = OpenOptions { interrupt, counters: counters.clone(), ..OpenOptions::default() };
-    let mut publisher = open(&arguments.repository, options)?;
+    let settings = OpenOptions {
+        lock_wait: Duration::from_secs(arguments.lock_wait),
+        interrupt,
+        counters: counters.clone(),
+        ..OpenOptions::default()
+    };
+    let place = &arguments.repository.place;
+    let storage = storage::open(&place.storage)?;
+    let masters = masters(&arguments.repository)?;
     let progress = Progress::start(counters);
-    let report = publisher.collect(&CollectOptions {
+    let options = CollectOptions {
         keep_revisions: arguments.keep,
         keep_since: arguments.keep_since.map(|since| match since {
             Since::Time(unix) => unix,
@@ -275,7 +282,8 @@ fn gc(arguments: Gc, json: bool) -> Result<(), PublishError> {
         unreferenced: arguments.unreferenced,
         dry_run: arguments.dry_run,
         deletion_log: arguments.deletion_log,
-    })?;
+    };
+    let report = cvmfs_publish::collect::collect(&place.fqrn, &*storage, &masters, &settings, &options)?;
     drop(progress);
     print(json, &report, || {
         let would = if report.dry_run { "would be " } else { "" };

@@ -60,6 +60,13 @@ impl Check<'_> {
         Ok(())
     }
 
+    /// Checks of a tagged revision what the current one has not.
+    pub(super) fn since(&mut self, tag: &Tag) -> Result<(), PublishError> {
+        let old = self.options.since;
+        self.catalog(tag.root_catalog, tag.root_catalog_size, b"", None, old)?;
+        Ok(())
+    }
+
     /// Examines the catalog `hash` mounted at `mountpoint`, whose row in the catalog above is `above`; nothing if
     /// it cannot be read, which is reported.
     ///

@@ -20,6 +20,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use cvmfs_format::history::Tag;
 use cvmfs_format::signature::MasterKeys;
 use cvmfs_format::{Compression, ContentHash, ObjectName};
 use serde::Serialize;
@@ -34,6 +35,9 @@ use crate::storage::Storage;
 
 /// More problems than this are counted, not listed: beyond it the repository is simply lost.
 pub const MAX_LISTED: usize = 10_000;
+
+/// Problems that the refusal of a revision lists.
+const MAX_NAMED: usize = 10;
 
 /// What to check.
 #[derive(Debug)]
@@ -157,16 +161,7 @@ pub fn check(options: &CheckOptions) -> Result<CheckReport, PublishError> {
     let started = Instant::now();
     let now = (options.clock)();
     let head = Head::load(&*options.storage, &options.fqrn, &options.masters, now)?;
-    let mut check = Check {
-        options,
-        scratch: Scratch::in_temporary_directory()?,
-        findings: Findings::default(),
-        uses: HashMap::new(),
-        referenced: HashSet::new(),
-        trees: HashMap::new(),
-        catalogs: 0,
-        unpacked: 0,
-    };
+    let mut check = Check::new(options)?;
     let roots = check.references(&head, now)?;
     match options.path.as_ref().filter(|path| !path.is_root()) {
         Some(path) => check.subtree(&head, path)?,
@@ -200,6 +195,32 @@ pub fn check(options: &CheckOptions) -> Result<CheckReport, PublishError> {
         unreferenced: unreferenced.into_iter().take(MAX_LISTED).collect(),
         seconds: started.elapsed().as_secs_f64(),
     })
+}
+
+/// Makes sure that a tagged revision can be had: every catalog, and that every object that the current revision has not,
+/// is there.
+pub(crate) fn require_complete(options: &CheckOptions, tag: &Tag) -> Result<(), PublishError> {
+    let mut check = Check::new(options)?;
+    check.since(tag)?;
+    check.verify_objects();
+    let Findings { problems, count, .. } = check.findings;
+    if count == 0 {
+        return Ok(());
+    }
+    let listed: Vec<String> = problems
+        .iter()
+        .take(MAX_NAMED)
+        .map(|problem| {
+            let object = problem.object.as_deref().map(|object| format!(" ({object})")).unwrap_or_default();
+            format!("\n  {}: {}{object}", problem.path, problem.message)
+        })
+        .collect();
+    let more = count.saturating_sub(MAX_NAMED as u64);
+    let more = if more > 0 { format!("\n  and {more} more") } else { String::new() };
+    Err(PublishError::damaged(
+        format!("revision {} (tag {})", tag.revision, tag.name),
+        format!("is not complete:{}{more}", listed.concat()),
+    ))
 }
 
 /// A check in progress.
@@ -251,7 +272,20 @@ impl Findings {
     }
 }
 
-impl Check<'_> {
+impl<'o> Check<'o> {
+    fn new(options: &'o CheckOptions) -> Result<Check<'o>, PublishError> {
+        Ok(Check {
+            options,
+            scratch: Scratch::in_temporary_directory()?,
+            findings: Findings::default(),
+            uses: HashMap::new(),
+            referenced: HashSet::new(),
+            trees: HashMap::new(),
+            catalogs: 0,
+            unpacked: 0,
+        })
+    }
+
     fn work_file(&self, name: &str) -> PathBuf {
         self.scratch.file(name)
     }

@@ -285,7 +285,10 @@ pub(crate) struct Diff {
 #[derive(Debug, Args)]
 pub(crate) struct Gc {
     #[command(flatten)]
-    pub(crate) repository: Writing,
+    pub(crate) repository: Reading,
+    /// Seconds to wait for a publisher or a replication to finish
+    #[arg(long, default_value_t = cvmfs_publish::DEFAULT_LOCK_WAIT.as_secs(), value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(0..=86400))]
+    pub(crate) lock_wait: u64,
     /// Keep this many revisions before the current one
     #[arg(long, value_name = "COUNT")]
     pub(crate) keep: Option<u64>,

@@ -19,6 +19,8 @@ use super::{Put, Storage, StorageError, StorageLock, StoredObject, read_bounded,
 /// Attempts of one request, with pauses that double.
 const ATTEMPTS: u32 = 5;
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// Requests at the same time that a web server does not mind.
+const PARALLEL: usize = 16;
 /// Pieces of an answer that are read ahead of its reader.
 const READ_AHEAD: usize = 8;
 
@@ -110,6 +112,10 @@ impl Storage for Http {
 
     fn lock(&self, _: Duration) -> Result<Box<dyn StorageLock>, StorageError> {
         Err(self.read_only())
+    }
+
+    fn writers(&self) -> usize {
+        PARALLEL
     }
 
     fn put_object(&self, _: &ObjectName, _: &[u8]) -> Result<Put, StorageError> {

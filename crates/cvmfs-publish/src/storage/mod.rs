@@ -218,7 +218,7 @@ pub trait Storage: Send + Sync + Debug {
     /// Takes the publisher's lock, waiting at most `wait`, and removes what interrupted publishers left behind.
     fn lock(&self, wait: Duration) -> Result<Box<dyn StorageLock>, StorageError>;
 
-    /// How many threads may usefully store objects at the same time.
+    /// How many threads may usefully read, store or delete objects at the same time.
     fn writers(&self) -> usize {
         std::thread::available_parallelism().map_or(1, |n| n.get())
     }

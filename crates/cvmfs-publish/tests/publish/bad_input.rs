@@ -92,7 +92,7 @@ fn bad_requests_are_refused_before_any_work() {
 }
 
 #[test]
-fn keys_that_others_can_read_or_that_do_not_belong_are_refused() {
+fn row_98_keys_that_others_can_read_or_that_do_not_belong_are_refused() {
     let repository = Repository::create(&[]);
     let archive = Tar::default().file("f", b"x").finish();
     let key = repository.keys.join("test.example.org.key");

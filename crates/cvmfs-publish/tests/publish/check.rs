@@ -18,7 +18,7 @@ fn check(repository: &Repository, options: &[&str]) -> (Option<i32>, serde_json:
 }
 
 #[test]
-fn one_missing_one_flipped_and_one_extra_object_are_named() {
+fn row_100_one_missing_one_flipped_and_one_extra_object_are_named() {
     let repository = Repository::create(&[]);
     let archive = Tar::default()
         .file("a/missing", &noise(3000, 1))

@@ -94,12 +94,38 @@ fn a_rollback_publishes_the_old_tree_as_a_new_revision() {
     repository.assert_sound();
 }
 
+#[test]
+fn row_99_a_rollback_to_a_revision_that_lost_objects_is_refused_with_a_list() {
+    let repository = Repository::create(&[]);
+    for seed in 1..4 {
+        let archive =
+            Tar::default().file("f", &crate::round_trip::noise(5000, seed)).file("same", b"s").finish();
+        repository.ingest("/d", &archive, &["--catalog", "--tag", &format!("v{seed}")]);
+    }
+    let hash = {
+        let info: Value = serde_json::from_str(&repository.ok("info", &["--json"])).unwrap();
+        let tag = info["tags"].as_array().unwrap().iter().find(|tag| tag["name"] == "v1").unwrap().clone();
+        let root = repository.catalog(tag["root_hash"].as_str().unwrap().parse().unwrap());
+        let nested = repository.catalog(root.nested_at(b"/d").unwrap().unwrap().hash);
+        nested.lookup(cvmfs_format::PathHash::of(b"/d/f")).unwrap().unwrap().hash.unwrap()
+    };
+    let object = cvmfs_format::ObjectName::new(hash, cvmfs_format::ObjectKind::File).path();
+    std::fs::remove_file(repository.storage.join(&object)).unwrap();
+    let before = repository.head().manifest;
+    let output = repository.run("rollback", &["--tag", "v1"], b"");
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("/d/f: the object is missing") && message.contains(&object), "{message}");
+    assert_eq!(repository.head().manifest, before);
+    repository.ok("rollback", &["--tag", "v2"]);
+}
+
 fn sixty_days_ago() -> i64 {
     system_clock() - 60 * 24 * 3600
 }
 
 #[test]
-fn an_expired_whitelist_stops_publishing_until_it_is_renewed() {
+fn row_97_an_expired_whitelist_stops_publishing_until_it_is_renewed() {
     let directory = tempfile::tempdir().unwrap();
     let (storage, keys) = (directory.path().join("storage"), directory.path().join("keys"));
     let new = NewRepository::new("test.example.org", storage.to_str().unwrap(), &keys);
