@@ -10,22 +10,27 @@
 //! catalog goes after what it refers to, and its line in the reflog after it.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use cvmfs_format::catalog::Catalog;
+use cvmfs_format::manifest::Manifest;
 use cvmfs_format::reflog::{Reference, ReferenceKind, Reflog};
+use cvmfs_format::signature::MasterKeys;
 use cvmfs_format::{ContentHash, ObjectKind, ObjectName};
 use serde::Serialize;
 
 use crate::commit::{MAX_REFLOG, Scratch, in_reflog};
 use crate::error::PublishError;
-use crate::head::unpack_database;
-use crate::publisher::Publisher;
+use crate::head::{Head, unpack_database};
+use crate::publisher::{OpenOptions, Publisher};
+use crate::replicate::LAST_SNAPSHOT;
 use crate::revisions::tags;
-use crate::storage;
+use crate::storage::{self, Storage};
 use crate::workspace::chain;
 
 /// How long a replaced revision stays by default, as with the C++ tools.
@@ -90,8 +95,49 @@ impl Publisher {
     /// [`PublishError::Usage`] if the repository does not allow it; [`PublishError::Damaged`] if a revision that
     /// stays cannot be read, before anything was deleted; and whatever the storage says.
     pub fn collect(&mut self, options: &CollectOptions) -> Result<CollectReport, PublishError> {
+        let place = Place {
+            fqrn: &self.fqrn,
+            storage: &*self.storage,
+            manifest: &self.head.manifest,
+            settings: &self.options,
+            is_replica: false,
+        };
+        place.collect(options)
+    }
+}
+
+/// Like [`Publisher::collect`] without a key that signs: collecting changes nothing that is signed, and replicas have no
+/// such keys.
+///
+/// # Errors
+/// As for [`Publisher::collect`], and [`PublishError::Trust`] if the published state is not to be trusted.
+pub fn collect(
+    fqrn: &str,
+    storage: &dyn Storage,
+    masters: &MasterKeys,
+    settings: &OpenOptions,
+    options: &CollectOptions,
+) -> Result<CollectReport, PublishError> {
+    let _lock = storage.lock(settings.lock_wait)?;
+    let head = Head::load_ignoring_expiry(storage, fqrn, masters)?;
+    let is_replica = storage.get_file(LAST_SNAPSHOT, MAX_STATUS)?.is_some();
+    Place { fqrn, storage, manifest: &head.manifest, settings, is_replica }.collect(options)
+}
+
+/// A locked repository.
+struct Place<'a> {
+    fqrn: &'a str,
+    storage: &'a dyn Storage,
+    manifest: &'a Manifest,
+    settings: &'a OpenOptions,
+    /// A copy: what a stored catalog refers to must be there (publisher behaviour §13).
+    is_replica: bool,
+}
+
+impl Place<'_> {
+    fn collect(&self, options: &CollectOptions) -> Result<CollectReport, PublishError> {
         let started = Instant::now();
-        if !self.head.manifest.garbage_collectable {
+        if !self.manifest.garbage_collectable {
             return Err(PublishError::Usage(format!(
                 "{0} does not allow garbage collection: it was made without --garbage-collectable, so all its \
                  revisions stay; what interrupted publishes left costs space and nothing else (`cvmfs-publish check` \
@@ -99,7 +145,7 @@ impl Publisher {
                 self.fqrn
             )));
         }
-        let scratch = Scratch::new(&*self.storage)?;
+        let scratch = Scratch::new(self.storage)?;
         let reflog_file = scratch.file("reflog");
         let content = self.storage.get_file(storage::REFLOG, MAX_REFLOG)?.ok_or_else(|| {
             PublishError::damaged(
@@ -116,7 +162,7 @@ impl Publisher {
         let references = reflog.references().map_err(|e| in_reflog(&e))?;
 
         let mut mark =
-            Mark { publisher: self, scratch: &scratch, kept: HashSet::new(), catalogs: HashSet::new() };
+            Mark { place: self, scratch: &scratch, kept: HashSet::new(), catalogs: HashSet::new() };
         let kept = mark.revisions(options, &references)?;
         for root in kept.iter() {
             mark.tree(*root)?;
@@ -124,11 +170,11 @@ impl Publisher {
         let Mark { kept: objects, catalogs, .. } = mark;
 
         let log = match &options.deletion_log {
-            Some(path) => Some(DeletionLog::begin(path, (self.options.clock)())?),
+            Some(path) => Some(DeletionLog::begin(path, (self.settings.clock)())?),
             None => None,
         };
         let mut sweep = Sweep {
-            publisher: self,
+            place: self,
             scratch: &scratch,
             kept: &objects,
             kept_catalogs: &catalogs,
@@ -136,7 +182,7 @@ impl Publisher {
             done: HashSet::new(),
             log,
             report: CollectReport {
-                fqrn: self.fqrn.clone(),
+                fqrn: self.fqrn.to_owned(),
                 dry_run: options.dry_run,
                 revisions_kept: kept.len() as u64,
                 ..CollectReport::default()
@@ -157,7 +203,7 @@ impl Publisher {
         }
         let Sweep { mut report, log, .. } = sweep;
         if let Some(log) = log {
-            log.end((self.options.clock)())?;
+            log.end((self.settings.clock)())?;
         }
         if !options.dry_run {
             for hash in gone {
@@ -177,7 +223,7 @@ impl Publisher {
         let known = self.storage.get_file(storage::STATUS, MAX_STATUS)?.unwrap_or_default();
         let mut status: serde_json::Map<String, serde_json::Value> =
             serde_json::from_slice(&known).unwrap_or_default();
-        status.insert("last_gc".to_owned(), date((self.options.clock)()).into());
+        status.insert("last_gc".to_owned(), date((self.settings.clock)()).into());
         let content = serde_json::Value::Object(status).to_string();
         Ok(self.storage.put_file(storage::STATUS, content.as_bytes())?)
     }
@@ -187,7 +233,7 @@ impl Publisher {
 const MAX_STATUS: u64 = 64 << 10;
 
 /// A Unix time as `date --utc` prints it.
-fn date(unix: i64) -> String {
+pub(crate) fn date(unix: i64) -> String {
     const FORM: &[time::format_description::BorrowedFormatItem<'_>] = time::macros::format_description!(
         "[weekday repr:short] [month repr:short] [day padding:space] [hour]:[minute]:[second] UTC [year]"
     );
@@ -199,7 +245,7 @@ fn date(unix: i64) -> String {
 type Digests = HashSet<ContentHash>;
 
 struct Mark<'a> {
-    publisher: &'a Publisher,
+    place: &'a Place<'a>,
     scratch: &'a Scratch,
     kept: Digests,
     catalogs: HashSet<ContentHash>,
@@ -212,13 +258,19 @@ impl Mark<'_> {
         options: &CollectOptions,
         references: &[Reference],
     ) -> Result<HashSet<ContentHash>, PublishError> {
-        let manifest = &self.publisher.head.manifest;
-        let now = (self.publisher.options.clock)();
+        let manifest = self.place.manifest;
+        let now = (self.place.settings.clock)();
         let still_graced = now.saturating_sub(i64::try_from(options.grace.as_secs()).unwrap_or(i64::MAX));
         let logged: HashMap<ContentHash, i64> =
             references.iter().map(|reference| (reference.hash, reference.timestamp)).collect();
         let mut kept = HashSet::from([manifest.root_catalog]);
-        kept.extend(tags(&*self.publisher.storage, manifest)?.into_iter().map(|tag| tag.root_catalog));
+        for tag in tags(self.place.storage, manifest)? {
+            let name = ObjectName::new(tag.root_catalog, ObjectKind::Catalog);
+            // a replica has not what its source had collected before
+            if !self.place.is_replica || self.place.storage.object_size(&name)?.is_some() {
+                kept.insert(tag.root_catalog);
+            }
+        }
         for reference in references {
             // Also those beside the main line: branches, and publishes that were interrupted just now.
             let is_young = reference.kind == ReferenceKind::Catalog && reference.timestamp > still_graced;
@@ -256,9 +308,11 @@ impl Mark<'_> {
             if !self.catalogs.insert(hash) {
                 continue;
             }
-            self.publisher.options.interrupt.check()?;
+            self.place.settings.interrupt.check()?;
             let catalog = self.open(hash)?;
+            let counters = &self.place.settings.counters;
             each_object(&catalog, hash, |name| {
+                counters.entries.fetch_add(1, Ordering::Relaxed);
                 self.kept.insert(name.hash);
             })?;
             let nested = catalog.nested().map_err(|error| damaged(hash, &error))?;
@@ -268,19 +322,15 @@ impl Mark<'_> {
     }
 
     fn open(&self, hash: ContentHash) -> Result<Catalog, PublishError> {
-        open_catalog(self.publisher, self.scratch, hash)
+        open_catalog(self.place, self.scratch, hash)
     }
 }
 
 /// Unpacks and opens a catalog; its file is unlinked at once.
-fn open_catalog(
-    publisher: &Publisher,
-    scratch: &Scratch,
-    hash: ContentHash,
-) -> Result<Catalog, PublishError> {
+fn open_catalog(place: &Place<'_>, scratch: &Scratch, hash: ContentHash) -> Result<Catalog, PublishError> {
     let file = scratch.file("catalog");
     let _ = fs::remove_file(&file);
-    unpack_database(&*publisher.storage, ObjectName::new(hash, ObjectKind::Catalog), &file)?;
+    unpack_database(place.storage, ObjectName::new(hash, ObjectKind::Catalog), &file)?;
     let catalog = Catalog::open(&file).map_err(|error| damaged(hash, &error))?;
     let _ = fs::remove_file(&file);
     Ok(catalog)
@@ -320,7 +370,7 @@ fn each_object(
 }
 
 struct Sweep<'a> {
-    publisher: &'a Publisher,
+    place: &'a Place<'a>,
     scratch: &'a Scratch,
     kept: &'a Digests,
     kept_catalogs: &'a HashSet<ContentHash>,
@@ -341,7 +391,7 @@ impl Sweep<'_> {
         let mut waiting = vec![Step::Enter(root)];
         let mut entered = HashSet::new();
         while let Some(step) = waiting.pop() {
-            self.publisher.options.interrupt.check()?;
+            self.place.settings.interrupt.check()?;
             match step {
                 Step::Leave(hash) => self.delete(ObjectName::new(hash, ObjectKind::Catalog))?,
                 Step::Enter(hash) => {
@@ -352,7 +402,7 @@ impl Sweep<'_> {
                     {
                         continue;
                     }
-                    let catalog = match open_catalog(self.publisher, self.scratch, hash) {
+                    let catalog = match open_catalog(self.place, self.scratch, hash) {
                         Ok(catalog) => catalog,
                         Err(error) => {
                             // What only it referred to stays until `unreferenced` finds it.
@@ -364,6 +414,10 @@ impl Sweep<'_> {
                     let mut objects = Vec::new();
                     let read = each_object(&catalog, hash, |name| objects.push(name))
                         .and_then(|()| catalog.nested().map_err(|error| damaged(hash, &error)));
+                    if self.place.is_replica {
+                        // first: as long as it is there, a replication believes that all below is
+                        self.delete(name)?;
+                    }
                     waiting.push(Step::Leave(hash));
                     match read {
                         Ok(nested) => {
@@ -373,9 +427,7 @@ impl Sweep<'_> {
                             tracing::warn!(object = name.path(), error = %chain(&error), "cannot be read wholly");
                         }
                     }
-                    for name in objects {
-                        self.delete(name)?;
-                    }
+                    self.delete_all(objects)?;
                 }
             }
         }
@@ -394,7 +446,7 @@ impl Sweep<'_> {
             .map(|reference| reference.timestamp)
             .min();
         let Some(oldest) = oldest else { return Ok(Vec::new()) };
-        let manifest = &self.publisher.head.manifest;
+        let manifest = self.place.manifest;
         let current = [manifest.certificate, manifest.history, manifest.metainfo];
         let mut gone = Vec::new();
         for reference in references {
@@ -412,8 +464,8 @@ impl Sweep<'_> {
     fn unreferenced(&mut self, listed: &HashSet<ContentHash>, grace: Duration) -> Result<(), PublishError> {
         let mut found = Vec::new();
         let limit =
-            (self.publisher.options.clock)().saturating_sub(grace.as_secs().try_into().unwrap_or(i64::MAX));
-        self.publisher.storage.list_objects(&mut |object| {
+            (self.place.settings.clock)().saturating_sub(grace.as_secs().try_into().unwrap_or(i64::MAX));
+        self.place.storage.list_objects(&mut |object| {
             // What is not named like an object is not ours to delete.
             let Some(name) = ObjectName::from_path(&object.path) else { return };
             if object.modified <= limit && !self.kept.contains(&name.hash) && !listed.contains(&name.hash) {
@@ -421,29 +473,72 @@ impl Sweep<'_> {
             }
         })?;
         let before = self.report.objects_removed;
-        for name in found {
-            self.delete(name)?;
-        }
+        self.delete_all(found)?;
         self.report.unreferenced_removed = self.report.objects_removed - before;
         Ok(())
     }
 
     fn delete(&mut self, name: ObjectName) -> Result<(), PublishError> {
-        if self.kept.contains(&name.hash) || !self.done.insert(name) {
-            return Ok(());
-        }
-        let storage = &self.publisher.storage;
-        let Some(size) = storage.object_size(&name)? else { return Ok(()) };
-        if !self.dry_run {
-            storage.delete_object(&name)?;
-        }
-        if let Some(log) = &mut self.log {
-            log.note(&name)?;
-        }
-        self.report.objects_removed += 1;
-        self.report.bytes_removed += size;
-        Ok(())
+        self.delete_all(vec![name])
     }
+
+    /// Deletes what nothing needs among `names`, several at the same time: a store across a network mostly waits.
+    fn delete_all(&mut self, names: Vec<ObjectName>) -> Result<(), PublishError> {
+        let (kept, done) = (self.kept, &mut self.done);
+        let gone: Vec<ObjectName> =
+            names.into_iter().filter(|name| !kept.contains(&name.hash) && done.insert(*name)).collect();
+        let (place, dry_run) = (self.place, self.dry_run);
+        let next = AtomicUsize::new(0);
+        let deleted: Mutex<Vec<(usize, u64)>> = Mutex::default();
+        let failure: Mutex<Option<PublishError>> = Mutex::default();
+        let work = || {
+            while let Some((index, name)) = {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                gone.get(index).map(|name| (index, name))
+            } {
+                match delete_one(place, name, dry_run) {
+                    Ok(None) => {}
+                    Ok(Some(size)) => {
+                        deleted.lock().unwrap_or_else(PoisonError::into_inner).push((index, size));
+                    }
+                    Err(error) => {
+                        next.store(gone.len(), Ordering::Relaxed);
+                        failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                        return;
+                    }
+                }
+            }
+        };
+        match place.storage.writers().min(gone.len()) {
+            0 | 1 => work(),
+            threads => std::thread::scope(|scope| {
+                for _ in 0..threads {
+                    scope.spawn(work);
+                }
+            }),
+        }
+        let mut deleted = deleted.into_inner().unwrap_or_else(PoisonError::into_inner);
+        deleted.sort_unstable();
+        for (index, size) in deleted {
+            if let Some(log) = &mut self.log {
+                log.note(&gone[index])?;
+            }
+            self.report.objects_removed += 1;
+            self.report.bytes_removed += size;
+        }
+        failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+    }
+}
+
+/// The stored size of an object that is not there any more; nothing if it was not there.
+fn delete_one(place: &Place<'_>, name: &ObjectName, dry_run: bool) -> Result<Option<u64>, PublishError> {
+    place.settings.interrupt.check()?;
+    let Some(size) = place.storage.object_size(name)? else { return Ok(None) };
+    if !dry_run {
+        place.storage.delete_object(name)?;
+        place.settings.counters.removed_objects.fetch_add(1, Ordering::Relaxed);
+    }
+    Ok(Some(size))
 }
 
 /// The names of what was deleted, in the C++ tools' form. Also written by a dry run.
@@ -454,7 +549,7 @@ struct DeletionLog {
 
 impl DeletionLog {
     fn begin(path: &Path, now: i64) -> Result<DeletionLog, PublishError> {
-        let file = OpenOptions::new().create(true).append(true).open(path);
+        let file = File::options().create(true).append(true).open(path);
         let file = BufWriter::new(file.map_err(PublishError::local("open", path))?);
         let mut log = DeletionLog { path: path.to_owned(), file };
         log.line(format_args!("# Garbage Collection started at {}", date(now)))?;

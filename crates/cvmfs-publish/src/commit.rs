@@ -49,6 +49,8 @@ impl Commit<'_> {
             signer.require_free_tag(tag, old, &scratch)?;
         }
         let now = (publisher.options.clock)();
+        // it may have run out during the publish: clients would refuse what is signed now
+        publisher.head.require_valid_whitelist(&publisher.fqrn, now)?;
         let revision = old.revision + 1;
         let (root_catalog, root_catalog_size) = self.store_catalogs(&signer, revision, old.ttl, now)?;
         let manifest = Manifest { root_catalog, root_catalog_size, revision, ..old.clone() };
@@ -167,13 +169,13 @@ impl<'a> Signer<'a> {
         let reflog = fs::read(&reflog_file).map_err(PublishError::local("read", &reflog_file))?;
         manifest.reflog = Some(ContentHash::of(self.algorithm, &reflog));
 
+        self.interrupt.check()?;
+        self.storage.settle()?;
         let letter = seal(manifest.to_text(), manifest.root_catalog.algorithm, |text| {
             self.keys.key.sign_manifest(text)
         })
         .map_err(|error| PublishError::Trust(format!("cannot sign the manifest: {}", chain(&error))))?;
 
-        self.interrupt.check()?;
-        self.storage.settle()?;
         self.interrupt.begin_commit()?;
         let published = self
             .storage

@@ -67,8 +67,8 @@ pub enum PublishError {
 }
 
 impl PublishError {
-    /// Exit code of the command (command-line contract): 1 failed, 2 usage, 3 trust, 5 not found,
-    /// 6 out of space, 130 interrupted.
+    /// Exit code of the command (command-line contract): 1 failed, 2 usage, 3 trust, 4 network,
+    /// 5 not found, 6 out of space, 130 interrupted.
     pub fn exit_code(&self) -> u8 {
         match self {
             PublishError::Usage(_) => 2,
@@ -77,6 +77,12 @@ impl PublishError {
             PublishError::Interrupted => 130,
             PublishError::Storage(error) if error.is_out_of_space() => 6,
             PublishError::Storage(StorageError::NoStorage { .. }) => 5,
+            PublishError::Storage(StorageError::InvalidLocation { .. } | StorageError::ReadOnly { .. }) => 2,
+            PublishError::Storage(
+                StorageError::Remote { .. }
+                | StorageError::LockLost { .. }
+                | StorageError::Unreachable { .. },
+            ) => 4,
             PublishError::Local { source, .. } if out_of_space(source) => 6,
             PublishError::Local { source, .. } if source.kind() == io::ErrorKind::NotFound => 5,
             _ => 1,

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::{BufWriter, Read, Write};
 use std::path::Path;
 
+use cvmfs_format::catalog::Entry;
 use cvmfs_format::compression::inflate;
 use cvmfs_format::letter::{Letter, MAX_LETTER};
 use cvmfs_format::manifest::Manifest;
@@ -46,13 +47,18 @@ impl Head {
         now: i64,
     ) -> Result<Head, PublishError> {
         let head = Head::load_ignoring_expiry(storage, fqrn, masters)?;
-        if head.whitelist.is_expired(now) {
+        head.require_valid_whitelist(fqrn, now)?;
+        Ok(head)
+    }
+
+    pub(crate) fn require_valid_whitelist(&self, fqrn: &str, now: i64) -> Result<(), PublishError> {
+        if self.whitelist.is_expired(now) {
             return Err(PublishError::Trust(format!(
                 "the whitelist of {fqrn} expired on {}: run `cvmfs-publish resign`",
-                head.whitelist.expires
+                self.whitelist.expires
             )));
         }
-        Ok(head)
+        Ok(())
     }
 
     /// Like [`Head::load`], for commands that renew or examine the whitelist.
@@ -61,30 +67,7 @@ impl Head {
         fqrn: &str,
         masters: &MasterKeys,
     ) -> Result<Head, PublishError> {
-        let file = required_file(storage, storage::MANIFEST)?;
-        let trust =
-            |object: &str, error: &dyn std::fmt::Display| PublishError::Trust(format!("{object}: {error}"));
-        let bad_manifest = |error: &dyn std::fmt::Display| trust(storage::MANIFEST, error);
-        let letter = Letter::parse(&file).map_err(|e| bad_manifest(&e))?;
-        let manifest = Manifest::parse(letter.text).map_err(|e| bad_manifest(&e))?;
-        manifest.require_fqrn(fqrn).map_err(|e| bad_manifest(&e))?;
-
-        let certificate_hash = manifest
-            .certificate
-            .ok_or_else(|| bad_manifest(&"names no certificate, so it cannot be verified"))?;
-        let pem =
-            load_small(storage, ObjectName::new(certificate_hash, ObjectKind::Certificate), MAX_CERTIFICATE)?;
-        let certificate = Certificate::from_pem(&pem).map_err(|e| trust("certificate", &e))?;
-        certificate.verify_manifest(&letter).map_err(|e| bad_manifest(&e))?;
-
-        let file = required_file(storage, storage::WHITELIST)?;
-        let bad_whitelist = |error: &dyn std::fmt::Display| trust(storage::WHITELIST, error);
-        let letter = Letter::parse(&file).map_err(|e| bad_whitelist(&e))?;
-        masters.verify_whitelist(&letter).map_err(|e| bad_whitelist(&e))?;
-        let whitelist = Whitelist::parse(letter.text).map_err(|e| bad_whitelist(&e))?;
-        // expiry is the caller's matter: a moment before the Unix epoch passes for every list
-        whitelist.check(fqrn, BEFORE_ANY_EXPIRY, &certificate).map_err(|e| bad_whitelist(&e))?;
-        Ok(Head { manifest, whitelist, certificate })
+        Letters::read(storage)?.verify(storage, fqrn, masters)
     }
 
     /// The manifest if `certificate` signed it, whatever the whitelist says. For renewing the whitelist.
@@ -110,6 +93,51 @@ impl Head {
     }
 }
 
+/// Manifest and whitelist as they are stored, not yet trusted.
+#[derive(Debug)]
+pub(crate) struct Letters {
+    pub(crate) manifest: Vec<u8>,
+    pub(crate) whitelist: Vec<u8>,
+}
+
+impl Letters {
+    pub(crate) fn read(storage: &dyn Storage) -> Result<Letters, PublishError> {
+        let manifest = required_file(storage, storage::MANIFEST)?;
+        Ok(Letters { manifest, whitelist: required_file(storage, storage::WHITELIST)? })
+    }
+
+    /// Everything but the whitelist's expiry. The certificate comes from `storage`.
+    pub(crate) fn verify(
+        &self,
+        storage: &dyn Storage,
+        fqrn: &str,
+        masters: &MasterKeys,
+    ) -> Result<Head, PublishError> {
+        let trust =
+            |object: &str, error: &dyn std::fmt::Display| PublishError::Trust(format!("{object}: {error}"));
+        let bad_manifest = |error: &dyn std::fmt::Display| trust(storage::MANIFEST, error);
+        let letter = Letter::parse(&self.manifest).map_err(|e| bad_manifest(&e))?;
+        let manifest = Manifest::parse(letter.text).map_err(|e| bad_manifest(&e))?;
+        manifest.require_fqrn(fqrn).map_err(|e| bad_manifest(&e))?;
+
+        let certificate_hash = manifest
+            .certificate
+            .ok_or_else(|| bad_manifest(&"names no certificate, so it cannot be verified"))?;
+        let pem =
+            load_small(storage, ObjectName::new(certificate_hash, ObjectKind::Certificate), MAX_CERTIFICATE)?;
+        let certificate = Certificate::from_pem(&pem).map_err(|e| trust("certificate", &e))?;
+        certificate.verify_manifest(&letter).map_err(|e| bad_manifest(&e))?;
+
+        let bad_whitelist = |error: &dyn std::fmt::Display| trust(storage::WHITELIST, error);
+        let letter = Letter::parse(&self.whitelist).map_err(|e| bad_whitelist(&e))?;
+        masters.verify_whitelist(&letter).map_err(|e| bad_whitelist(&e))?;
+        let whitelist = Whitelist::parse(letter.text).map_err(|e| bad_whitelist(&e))?;
+        // expiry is the caller's matter: a moment before the Unix epoch passes for every list
+        whitelist.check(fqrn, BEFORE_ANY_EXPIRY, &certificate).map_err(|e| bad_whitelist(&e))?;
+        Ok(Head { manifest, whitelist, certificate })
+    }
+}
+
 /// 1900: no whitelist is older.
 const BEFORE_ANY_EXPIRY: i64 = -2_208_988_800;
 
@@ -128,6 +156,19 @@ pub(crate) fn load_small(
     let stored = storage.get_object(&name, limit)?;
     require_hash(&name, ContentHash::of(name.hash.algorithm, &stored))?;
     inflate(Compression::Zlib, &stored, limit).map_err(|error| PublishError::damaged(name.path(), error))
+}
+
+/// The content of a small file that is stored as one object, its hash verified.
+pub(crate) fn load_content(
+    storage: &dyn Storage,
+    entry: &Entry,
+    limit: u64,
+) -> Result<Vec<u8>, PublishError> {
+    let missing = || PublishError::damaged("entry", "has no content of its own");
+    let name = ObjectName::new(entry.hash.ok_or_else(missing)?, ObjectKind::File);
+    let stored = storage.get_object(&name, limit)?;
+    require_hash(&name, ContentHash::of(name.hash.algorithm, &stored))?;
+    inflate(entry.compression(), &stored, limit).map_err(|error| PublishError::damaged(name.path(), error))
 }
 
 /// Unpacks a catalog or history database into the new file `to`, verifying its hash; returns its plain size.

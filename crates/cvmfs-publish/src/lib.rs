@@ -8,26 +8,30 @@
 //! | module | what |
 //! |---|---|
 //! | [`storage`] | objects and files of a repository, the publisher's lock |
-//! | [`keys`], [`settings`] | key files; what a repository remembers about publishing |
+//! | [`keys`], [`settings`], [`server_conf`] | key files; what a repository remembers about publishing, or a `server.conf` says |
 //! | [`head`] | the published state and its chain of trust |
 //! | `ingest`, `tree`, `pipeline` | from an input to objects and a tree |
 //! | `workspace`, `apply` | private copies of catalogs, and a tree applied to them |
+//! | `balance`, `dirtab` | which directories become nested catalogs |
 //! | `publisher`, `commit` | transactions; from changed catalogs to a signed revision |
 //! | `create`, [`revisions`] | new repositories; tags, rollback, renewing signatures |
 //! | [`diff`] | what differs between two revisions |
 //! | [`collect`] | garbage collection |
+//! | [`mod@replicate`] | a verified copy in another storage |
 //! | [`mod@check`] | verification of a whole repository |
 //! | [`allocator`] | what programs that publish set before anything else |
 //! | [`serve`] | a static HTTP server for trials |
 
 pub mod allocator;
 mod apply;
+mod balance;
 pub mod check;
 pub mod collect;
 mod commit;
 mod create;
 pub mod decompress;
 pub mod diff;
+mod dirtab;
 pub mod error;
 pub mod head;
 mod ingest;
@@ -36,17 +40,20 @@ pub mod keys;
 mod path;
 mod pipeline;
 mod publisher;
+pub mod replicate;
 pub mod revisions;
 pub mod serve;
+pub mod server_conf;
 pub mod settings;
 pub mod storage;
 mod tree;
 mod workspace;
 
+pub use balance::CatalogLimits;
 pub use commit::check_tag_name;
 pub use create::{DEFAULT_WHITELIST_DAYS, NewRepository, Report, create_repository};
 pub use error::PublishError;
-pub use ingest::{IngestOptions, IngestReport, MAX_WARNINGS, Owner, SpecialFiles, Whiteouts};
+pub use ingest::{IngestOptions, IngestReport, MAX_WARNINGS, Owner, SpecialFiles, Whiteouts, XdirHardLinks};
 pub use interrupt::Interrupt;
 pub use path::RepositoryPath;
 pub use pipeline::Counters;

@@ -40,7 +40,7 @@ impl Encoding {
     }
 }
 
-/// Running totals of a publish, read by whoever shows progress.
+/// Running totals of a publish, check, replication or collection, read by whoever shows progress.
 #[derive(Debug, Default)]
 pub struct Counters {
     /// Entries read from archives and trees.
@@ -51,6 +51,8 @@ pub struct Counters {
     pub new_objects: AtomicU64,
     /// Stored bytes of those objects.
     pub bytes_stored: AtomicU64,
+    /// Objects deleted.
+    pub removed_objects: AtomicU64,
 }
 
 impl Counters {
@@ -124,8 +126,10 @@ struct Job {
     encoding: Encoding,
 }
 
-/// More would only compete for memory bandwidth and the directory's lock.
+/// More would only compete for memory bandwidth and the directory's lock, or for the store's patience.
 const MAX_WORKERS: usize = 32;
+/// For a store across a network, so that its distance does not set the speed.
+const MIN_BYTES_FOR_STORES: u64 = 64 << 20;
 /// Each queued small file costs little; this many keep the workers busy while a directory is read.
 const MAX_QUEUED: usize = 1024;
 
@@ -139,14 +143,16 @@ impl Pipeline {
     /// Starts the workers. `largest` is the size of the largest piece that will come.
     pub(crate) fn start(storage: Arc<dyn Storage>, counters: Arc<Counters>, largest: u64) -> Pipeline {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let workers = cores.min(MAX_WORKERS);
+        let writers = storage.writers();
+        let workers = cores.max(writers).min(MAX_WORKERS);
+        let least = if writers > cores { MIN_BYTES_FOR_STORES } else { 0 };
         let shared = Arc::new(Shared {
             storage,
             counters,
             state: Mutex::default(),
             work: Condvar::new(),
             progress: Condvar::new(),
-            max_bytes: bytes_in_flight(workers, largest),
+            max_bytes: bytes_in_flight(cores.min(MAX_WORKERS), largest).max(least),
         });
         let spawn = |_| {
             let shared = shared.clone();

@@ -2,7 +2,7 @@
 
 use std::io::IsTerminal;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -55,12 +55,23 @@ impl Drop for Progress {
     }
 }
 
+/// What there is to tell so far: a check stores nothing, a collection only deletes.
 fn line(counters: &Counters) -> String {
-    format!(
-        "{} entries, {} read, {} new objects, {} stored",
-        HumanCount(counters.entries.load(Ordering::Relaxed)),
-        HumanBytes(counters.bytes_in.load(Ordering::Relaxed)),
-        HumanCount(counters.new_objects.load(Ordering::Relaxed)),
-        HumanBytes(counters.bytes_stored.load(Ordering::Relaxed))
-    )
+    let count = |value: &AtomicU64, what: &str| (value.load(Ordering::Relaxed), what.to_owned());
+    let parts = [
+        count(&counters.entries, "entries"),
+        count(&counters.new_objects, "new objects"),
+        count(&counters.removed_objects, "objects deleted"),
+    ];
+    let mut text: Vec<String> = parts
+        .into_iter()
+        .filter(|(value, what)| *value > 0 || what == "entries")
+        .map(|(value, what)| format!("{} {what}", HumanCount(value)))
+        .collect();
+    for (value, what) in [count(&counters.bytes_in, "read"), count(&counters.bytes_stored, "stored")] {
+        if value > 0 {
+            text.push(format!("{} {what}", HumanBytes(value)));
+        }
+    }
+    text.join(", ")
 }

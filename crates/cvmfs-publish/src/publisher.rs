@@ -22,15 +22,17 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use cvmfs_format::ContentHash;
 use cvmfs_format::catalog::EntryKind;
 use cvmfs_format::signature::MasterKeys;
 use layer_tar::LayerPath;
 
 use crate::apply::Apply;
+use crate::balance::{Balance, CatalogLimits, dirtab_entry, divide_tree};
 use crate::commit::{Commit, Scratch, Signer, check_tag_name};
 use crate::error::{PublishError, shown};
 use crate::head::Head;
-use crate::ingest::{IngestOptions, IngestReport, Owner, Sink, read_directory, read_tar};
+use crate::ingest::{IngestOptions, IngestReport, Owner, Sink, XdirHardLinks, read_directory, read_tar};
 use crate::interrupt::Interrupt;
 use crate::keys::{KeyFiles, ReleaseKeys};
 use crate::path::{RepositoryPath, parent_of};
@@ -62,6 +64,8 @@ pub struct OpenOptions {
     pub interrupt: Interrupt,
     /// Where progress is counted.
     pub counters: Arc<Counters>,
+    /// When catalogs are divided.
+    pub catalog_limits: CatalogLimits,
     /// Source of time.
     pub clock: Clock,
 }
@@ -72,6 +76,7 @@ impl Default for OpenOptions {
             lock_wait: DEFAULT_LOCK_WAIT,
             interrupt: Interrupt::default(),
             counters: Arc::default(),
+            catalog_limits: CatalogLimits::default(),
             clock: system_clock,
         }
     }
@@ -83,6 +88,7 @@ pub struct Publisher {
     pub(crate) fqrn: String,
     pub(crate) storage: Arc<dyn Storage>,
     pub(crate) keys: ReleaseKeys,
+    pub(crate) masters: MasterKeys,
     pub(crate) head: Head,
     pub(crate) settings: Settings,
     pub(crate) options: OpenOptions,
@@ -119,6 +125,7 @@ impl Publisher {
             fqrn: fqrn.to_owned(),
             storage,
             keys,
+            masters,
             head,
             settings,
             options,
@@ -162,10 +169,20 @@ impl Publisher {
     /// Begins a transaction on the published revision. Dropping it without a commit publishes nothing, and removes
     /// the objects that only it has stored, as far as the storage can tell.
     pub fn begin(&mut self) -> Result<Transaction<'_>, PublishError> {
-        let workspace = Workspace::open(self.storage.clone(), self.head.manifest.root_catalog)?;
+        let mut workspace = Workspace::open(self.storage.clone(), self.head.manifest.root_catalog)?;
+        let old_dirtab = dirtab_entry(&mut workspace)?.and_then(|entry| entry.hash);
         let counters = self.options.counters.clone();
         let pipeline = Pipeline::start(self.storage.clone(), counters, self.settings.chunks.max);
-        Ok(Transaction { publisher: self, workspace, pipeline, started: Instant::now(), unfinished: false })
+        let started = Instant::now();
+        Ok(Transaction { publisher: self, workspace, pipeline, started, old_dirtab, unfinished: false })
+    }
+
+    fn encoding(&self, options: &IngestOptions) -> Encoding {
+        Encoding {
+            algorithm: self.head.manifest.root_catalog.algorithm,
+            compression: options.compression.unwrap_or(self.settings.compression),
+            deflate: options.deflate.unwrap_or(self.settings.deflate),
+        }
     }
 
     pub(crate) fn forget_lookups(&mut self) {
@@ -222,6 +239,8 @@ pub struct Transaction<'p> {
     workspace: Workspace,
     pipeline: Pipeline,
     started: Instant,
+    /// Content of `/.cvmfsdirtab` before the transaction.
+    old_dirtab: Option<ContentHash>,
     /// A change of the catalogs began and did not end: they must not be published.
     unfinished: bool,
 }
@@ -299,11 +318,20 @@ impl Transaction<'_> {
             ));
         }
         self.pipeline.wait()?;
-        let Transaction { publisher, workspace, pipeline, started, .. } = self;
+        let Transaction { publisher, mut workspace, pipeline, started, old_dirtab, .. } = self;
         // From here on the manifest may be replaced, whatever else fails: the objects belong to the repository.
         pipeline.keep();
         drop(pipeline);
         publisher.options.interrupt.check()?;
+        let balance = Balance {
+            workspace: &mut workspace,
+            signer: &Signer::of(publisher),
+            encoding: publisher.encoding(&IngestOptions::default()),
+            limits: publisher.options.catalog_limits,
+            now: (publisher.options.clock)(),
+            old_dirtab,
+        };
+        balance.run()?;
         let head = Commit { publisher: &*publisher, workspace }.publish(tag)?;
         publisher.head = head;
         publisher.forget_lookups();
@@ -332,11 +360,7 @@ impl Transaction<'_> {
             return Err(PublishError::Usage(reason.to_owned()));
         }
         let settings = self.publisher.settings;
-        let encoding = Encoding {
-            algorithm: self.publisher.head.manifest.root_catalog.algorithm,
-            compression: options.compression.unwrap_or(settings.compression),
-            deflate: options.deflate.unwrap_or(settings.deflate),
-        };
+        let encoding = self.publisher.encoding(options);
         let now = ((self.publisher.options.clock)(), 0);
         let mut tree = LayerTree::new(now);
         let mut sink = Sink {
@@ -356,9 +380,18 @@ impl Transaction<'_> {
         };
         read(&mut existing, &mut tree, &mut sink)?;
         tree.finish()?;
+        if options.xdir_hard_links == XdirHardLinks::Refuse {
+            tree.refuse_links_across_directories()?;
+        }
         if options.catalog && self.workspace.lookup(&joined(base.as_bytes(), MARKER))?.is_none() {
             tree.add_marker(MARKER, marker_meta(options, now), sink.store_empty()?);
         }
+        divide_tree(
+            &mut tree,
+            self.publisher.options.catalog_limits,
+            || sink.store_empty(),
+            |path| Ok(self.workspace.lookup(&joined(base.as_bytes(), path.as_bytes()))?.is_some()),
+        )?;
         let report = sink.report;
         self.pipeline.wait()?;
         self.publisher.options.interrupt.check()?;

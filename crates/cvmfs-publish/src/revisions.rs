@@ -12,6 +12,7 @@ use cvmfs_format::signature::MasterKeys;
 use cvmfs_format::{ContentHash, ObjectKind, ObjectName};
 use serde::Serialize;
 
+use crate::check::{CheckOptions, require_complete};
 use crate::commit::{Scratch, Signer, check_tag_name};
 use crate::create::write_whitelist;
 use crate::error::PublishError;
@@ -61,6 +62,18 @@ impl Publisher {
         self.sign(self.head.manifest.clone(), now, |history| history.remove(name))
     }
 
+    /// Changes what a tag is said to stand for.
+    pub fn annotate_tag(&mut self, name: &str, description: &str) -> Result<(), PublishError> {
+        check_tag_name(name)?;
+        let tags = tags(&*self.storage, &self.head.manifest)?;
+        let Some(tag) = tags.into_iter().find(|tag| tag.name == name) else {
+            return Err(PublishError::NotFound(format!("there is no tag {name} in {}", self.fqrn)));
+        };
+        let now = (self.options.clock)();
+        let tag = Tag { description: description.to_owned(), ..tag };
+        self.sign(self.head.manifest.clone(), now, |history| history.replace(&tag))
+    }
+
     /// Publishes the tagged revision anew, as the next one; the default is what the last publish replaced. Newer tags
     /// are removed, and there is no `trunk-previous` until the next publish.
     pub fn rollback(&mut self, tag: Option<&str>) -> Result<(), PublishError> {
@@ -79,6 +92,13 @@ impl Publisher {
         if target.root_catalog == current.root_catalog {
             return Err(PublishError::Usage(format!("tag {name} is the current revision")));
         }
+        // what was collected meanwhile, or got lost, would be missed by every client
+        let complete = CheckOptions {
+            since: Some(current.root_catalog),
+            contents: false,
+            ..CheckOptions::new(&self.fqrn, self.storage.clone(), self.masters.clone())
+        };
+        require_complete(&complete, &target)?;
         let now = (self.options.clock)();
         let revision = current.revision + 1;
         let scratch = Scratch::new(&*self.storage)?;
@@ -101,6 +121,8 @@ impl Publisher {
         now: i64,
         change: impl FnOnce(&mut History) -> Result<(), HistoryError>,
     ) -> Result<(), PublishError> {
+        // it may have run out since the publisher was opened: clients would refuse what is signed now
+        self.head.require_valid_whitelist(&self.fqrn, now)?;
         let scratch = Scratch::new(&*self.storage)?;
         self.head.manifest = Signer::of(self).publish(manifest, now, &scratch, change)?;
         self.forget_lookups();
@@ -116,6 +138,17 @@ pub fn tags(storage: &dyn Storage, manifest: &Manifest) -> Result<Vec<Tag>, Publ
     unpack_database(storage, ObjectName::new(hash, ObjectKind::History), &file)?;
     let read = || History::open(&file)?.tags();
     read().map_err(|error| PublishError::damaged("history", chain(&error)))
+}
+
+/// Unix time from which the whitelist is invalid; `None` if there is none that the keys in `keys` accept.
+pub fn whitelist_expiry(fqrn: &str, storage: &str, keys: &Path) -> Result<Option<i64>, PublishError> {
+    let masters = KeyFiles::new(keys, fqrn).public()?;
+    let storage = storage::open(storage)?;
+    match Head::load_ignoring_expiry(&*storage, fqrn, &masters) {
+        Ok(head) => Ok(Some(head.whitelist.expires_unix())),
+        Err(error @ PublishError::Storage(_)) => Err(error),
+        Err(_) => Ok(None),
+    }
 }
 
 /// Writes a new whitelist, valid for `days`, for the certificate in the keys directory. If that is another one than

@@ -13,15 +13,20 @@ use cvmfs_publish::collect::CollectOptions;
 use cvmfs_publish::diff::{self, Change, ChangeKind};
 use cvmfs_publish::head::Head;
 use cvmfs_publish::keys::{KeyFiles, read_public};
+use cvmfs_publish::replicate::ReplicateOptions;
 use cvmfs_publish::revisions::{self, Info, TagInfo};
 use cvmfs_publish::serve::Server;
+use cvmfs_publish::server_conf::ServerConf;
 use cvmfs_publish::{
-    Counters, IngestOptions, IngestReport, Interrupt, NewRepository, OpenOptions, PublishError, Publisher,
-    create_repository, decompress, storage,
+    CatalogLimits, Counters, IngestOptions, Interrupt, NewRepository, OpenOptions, PublishError, Publisher,
+    RepositoryPath, SpecialFiles, XdirHardLinks, create_repository, decompress, storage,
 };
 use serde::Serialize;
 
-use crate::cli::{Check, Cli, Diff, Gc, Ingest, Mkfs, Reading, Resign, Serve, Since, TagVerb, Verb, Writing};
+use crate::cli::{
+    Check, Cli, Diff, Gc, Ingest, Input, Mkfs, Reading, Replicate, Resign, Serve, Since, Source, TagVerb,
+    Verb, Writing,
+};
 use crate::progress::Progress;
 use crate::signals;
 
@@ -35,6 +40,9 @@ pub(crate) fn run(cli: Cli) -> Result<bool, PublishError> {
         Verb::Tag(TagVerb::Add { repository, name, description }) => {
             change(&repository, json, |publisher| publisher.add_tag(&name, &description))?;
         }
+        Verb::Tag(TagVerb::Annotate { repository, name, description }) => {
+            change(&repository, json, |publisher| publisher.annotate_tag(&name, &description))?;
+        }
         Verb::Tag(TagVerb::Remove { repository, name }) => {
             change(&repository, json, |publisher| publisher.remove_tag(&name))?;
         }
@@ -46,6 +54,7 @@ pub(crate) fn run(cli: Cli) -> Result<bool, PublishError> {
         Verb::Resign(arguments) => resign(&arguments, json)?,
         Verb::Info(arguments) => info(&arguments, json)?,
         Verb::Check(arguments) => return check(arguments, json),
+        Verb::Replicate(arguments) => replicate(&arguments, json)?,
         Verb::Serve(arguments) => serve(&arguments)?,
     }
     Ok(true)
@@ -76,42 +85,62 @@ fn ingest(arguments: Ingest, json: bool) -> Result<(), PublishError> {
     let counters = Arc::new(Counters::default());
     let interrupt = Interrupt::default();
     signals::interrupt_on_signal(interrupt.clone())?;
-    let options = OpenOptions { interrupt, counters: counters.clone(), ..OpenOptions::default() };
+    let conf = server_conf(&arguments)?;
+    let catalog_limits = match arguments.catalog_entries {
+        Some(max) => CatalogLimits { max, min: CatalogLimits::default().min.min(max / 4) },
+        None => conf.catalog_limits.unwrap_or_default(),
+    };
+    let options =
+        OpenOptions { interrupt, counters: counters.clone(), catalog_limits, ..OpenOptions::default() };
     let mut publisher = open(&arguments.repository, options)?;
     if let Some(tag) = &arguments.tag {
         publisher.require_new_tag(tag)?;
     }
     let progress = Progress::start(counters);
+    let has_own_settings = publisher.settings().is_recorded;
     let mut transaction = publisher.begin()?;
     for path in &arguments.delete {
         transaction.delete(path.as_bytes())?;
     }
+    let as_server_conf =
+        |ignores: Option<bool>| if ignores == Some(true) { SpecialFiles::Skip } else { SpecialFiles::Keep };
     let ingest_options = IngestOptions {
         catalog: arguments.catalog,
         whiteouts: arguments.whiteouts.into(),
         owner: arguments.owner,
-        xattrs: arguments.xattrs,
-        special_files: arguments.special_files.into(),
-        chunk_sizes: arguments.chunk_size,
+        xattrs: arguments.xattrs || conf.include_xattrs == Some(true),
+        special_files: arguments.special_files.map_or(as_server_conf(conf.ignore_special_files), Into::into),
+        xdir_hard_links: match (arguments.xdir_hardlinks, conf.ignore_xdir_hard_links) {
+            (Some(argument), _) => argument.into(),
+            (None, Some(false)) => XdirHardLinks::Refuse,
+            (None, _) => XdirHardLinks::Split,
+        },
+        // what a repository of ours remembers of itself is newer than any server.conf
+        chunk_sizes: arguments.chunk_size.or(conf.chunk_sizes.filter(|_| !has_own_settings)),
+        compression: conf.compression.filter(|_| !has_own_settings),
         deflate: arguments.deflate,
         ..IngestOptions::default()
     };
-    let mut ingested = IngestReport::default();
-    let base = arguments.base.as_deref().unwrap_or_default().as_bytes();
-    if let Some(archive) = &arguments.tar {
-        let input: Box<dyn io::Read + Send> = if archive.as_os_str() == "-" {
-            Box::new(io::stdin())
-        } else {
-            Box::new(File::open(archive).map_err(|source| PublishError::Local {
-                action: "open",
-                path: archive.clone(),
-                source,
-            })?)
+    let mut warnings = 0;
+    for Input { base, source } in &arguments.inputs.0 {
+        let base = base.as_bytes();
+        let ingested = match source {
+            Source::Tar(archive) => {
+                let input: Box<dyn io::Read + Send> = if archive.as_os_str() == "-" {
+                    Box::new(io::stdin())
+                } else {
+                    Box::new(File::open(archive).map_err(|source| PublishError::Local {
+                        action: "open",
+                        path: archive.clone(),
+                        source,
+                    })?)
+                };
+                let plain = decompress::decompressed(input).map_err(PublishError::Input)?;
+                transaction.ingest_tar(base, plain, &ingest_options)?
+            }
+            Source::Tree(tree) => transaction.ingest_tree(base, tree, &ingest_options)?,
         };
-        let plain = decompress::decompressed(input).map_err(PublishError::Input)?;
-        ingested = transaction.ingest_tar(base, plain, &ingest_options)?;
-    } else if let Some(tree) = &arguments.tree {
-        ingested = transaction.ingest_tree(base, tree, &ingest_options)?;
+        warnings += ingested.warning_count;
     }
     let report = transaction.commit(arguments.tag.as_deref())?;
     drop(progress);
@@ -127,11 +156,21 @@ fn ingest(arguments: Ingest, json: bool) -> Result<(), PublishError> {
             report.bytes_stored,
             report.seconds
         );
-        if ingested.warning_count > 0 {
-            text.push_str(&format!("\n{} warnings, see the log", ingested.warning_count));
+        if warnings > 0 {
+            text.push_str(&format!("\n{warnings} warnings, see the log"));
         }
         text
     })
+}
+
+fn server_conf(arguments: &Ingest) -> Result<ServerConf, PublishError> {
+    match &arguments.server_conf {
+        Some(file) => ServerConf::read(file),
+        None => {
+            let usual = ServerConf::usual_place(&arguments.repository.place.fqrn);
+            if usual.exists() { ServerConf::read(&usual) } else { Ok(ServerConf::default()) }
+        }
+    }
 }
 
 fn open(repository: &Writing, options: OpenOptions) -> Result<Publisher, PublishError> {
@@ -223,8 +262,18 @@ fn diff(arguments: &Diff, json: bool) -> Result<(), PublishError> {
 fn gc(arguments: Gc, json: bool) -> Result<(), PublishError> {
     let interrupt = Interrupt::default();
     signals::interrupt_on_signal(interrupt.clone())?;
-    let mut publisher = open(&arguments.repository, OpenOptions { interrupt, ..OpenOptions::default() })?;
-    let report = publisher.collect(&CollectOptions {
+    let counters = Arc::new(Counters::default());
+    let settings = OpenOptions {
+        lock_wait: Duration::from_secs(arguments.lock_wait),
+        interrupt,
+        counters: counters.clone(),
+        ..OpenOptions::default()
+    };
+    let place = &arguments.repository.place;
+    let storage = storage::open(&place.storage)?;
+    let masters = masters(&arguments.repository)?;
+    let progress = Progress::start(counters);
+    let options = CollectOptions {
         keep_revisions: arguments.keep,
         keep_since: arguments.keep_since.map(|since| match since {
             Since::Time(unix) => unix,
@@ -236,7 +285,9 @@ fn gc(arguments: Gc, json: bool) -> Result<(), PublishError> {
         unreferenced: arguments.unreferenced,
         dry_run: arguments.dry_run,
         deletion_log: arguments.deletion_log,
-    })?;
+    };
+    let report = cvmfs_publish::collect::collect(&place.fqrn, &*storage, &masters, &settings, &options)?;
+    drop(progress);
     print(json, &report, || {
         let would = if report.dry_run { "would be " } else { "" };
         format!(
@@ -253,19 +304,52 @@ fn gc(arguments: Gc, json: bool) -> Result<(), PublishError> {
 }
 
 fn resign(arguments: &Resign, json: bool) -> Result<(), PublishError> {
+    if !arguments.daemon {
+        return renew(arguments, arguments.when_left, json);
+    }
+    let when_left =
+        arguments.when_left.unwrap_or(Duration::from_secs(u64::from(arguments.days) * 24 * 3600 / 3));
+    let failed = |source| PublishError::Local { action: "watch", path: "signals".into(), source };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+    // a mistake in the command is told at once, a failure later is tried again
+    renew(arguments, Some(when_left), json)?;
+    runtime.block_on(async {
+        let mut stopped = std::pin::pin!(signals::stopped().map_err(failed)?);
+        loop {
+            tokio::select! {
+                () = &mut stopped => return Ok(()),
+                () = tokio::time::sleep(arguments.interval.max(Duration::from_secs(1))) => {}
+            }
+            if let Err(error) = renew(arguments, Some(when_left), json) {
+                tracing::error!("the whitelist was not renewed: {}", error.full_message());
+            }
+        }
+    })
+}
+
+/// Renews the whitelist, if less than `when_left` is left of it.
+fn renew(arguments: &Resign, when_left: Option<Duration>, json: bool) -> Result<(), PublishError> {
     let repository = &arguments.repository;
     let wait = Duration::from_secs(repository.lock_wait);
     let place = &repository.place;
-    let expires = revisions::resign(
-        &place.fqrn,
-        &place.storage,
-        &repository.keys,
-        arguments.days,
-        wait,
-        cvmfs_publish::system_clock,
-    )?;
-    let report = serde_json::json!({ "fqrn": place.fqrn, "whitelist_expires": expires });
-    print(json, &report, || format!("{}: the whitelist is valid until {}", place.fqrn, readable(expires)))
+    if let Some(when_left) = when_left
+        && let Some(expires) = revisions::whitelist_expiry(&place.fqrn, &place.storage, &repository.keys)?
+    {
+        let left = expires.saturating_sub(cvmfs_publish::system_clock());
+        if u64::try_from(left).is_ok_and(|left| left >= when_left.as_secs()) {
+            return if arguments.daemon { Ok(()) } else { print_expiry(&place.fqrn, expires, false, json) };
+        }
+    }
+    let clock = cvmfs_publish::system_clock;
+    let expires =
+        revisions::resign(&place.fqrn, &place.storage, &repository.keys, arguments.days, wait, clock)?;
+    print_expiry(&place.fqrn, expires, true, json)
+}
+
+fn print_expiry(fqrn: &str, expires: i64, renewed: bool, json: bool) -> Result<(), PublishError> {
+    let report = serde_json::json!({ "fqrn": fqrn, "whitelist_expires": expires, "renewed": renewed });
+    let still = if renewed { "" } else { "still " };
+    print(json, &report, || format!("{fqrn}: the whitelist is {still}valid until {}", readable(expires)))
 }
 
 fn read_info(repository: &Reading) -> Result<Info, PublishError> {
@@ -308,11 +392,22 @@ fn readable(unix: i64) -> String {
 
 fn check(arguments: Check, json: bool) -> Result<bool, PublishError> {
     let place = &arguments.repository.place;
+    let storage = storage::open(&place.storage)?;
+    let masters = masters(&arguments.repository)?;
+    let since = match &arguments.since {
+        Some(revision) => {
+            let head = Head::load_ignoring_expiry(&*storage, &place.fqrn, &masters)?;
+            Some(diff::root_of(&*storage, &head.manifest, revision)?)
+        }
+        None => None,
+    };
     let options = CheckOptions {
         tags: arguments.tags,
+        path: arguments.path.as_deref().map(|path| RepositoryPath::parse(path.as_bytes())).transpose()?,
+        since,
         contents: !arguments.no_contents,
         unreferenced: !arguments.no_unreferenced,
-        ..CheckOptions::new(&place.fqrn, storage::open(&place.storage)?, masters(&arguments.repository)?)
+        ..CheckOptions::new(&place.fqrn, storage, masters)
     };
     let progress = Progress::start(options.counters.clone());
     let report = cvmfs_publish::check::check(&options)?;
@@ -353,6 +448,41 @@ fn describe(report: &CheckReport) -> String {
         count => format!("{count} problems found"),
     });
     lines.join("\n")
+}
+
+fn replicate(arguments: &Replicate, json: bool) -> Result<(), PublishError> {
+    let place = &arguments.repository.place;
+    let interrupt = Interrupt::default();
+    signals::interrupt_on_signal(interrupt.clone())?;
+    let source = storage::open(&arguments.from)?;
+    let options = ReplicateOptions {
+        history: arguments.history,
+        complete: arguments.complete,
+        parallel: arguments.parallel,
+        lock_wait: Duration::from_secs(arguments.lock_wait),
+        interrupt,
+        ..ReplicateOptions::new(
+            &place.fqrn,
+            source,
+            storage::create(&place.storage)?,
+            masters(&arguments.repository)?,
+        )
+    };
+    let progress = Progress::start(options.counters.clone());
+    let report = cvmfs_publish::replicate::replicate(&options)?;
+    drop(progress);
+    print(json, &report, || {
+        format!(
+            "{}: revision {}, root catalog {}\n{} revisions copied; {} new objects with {} bytes in {:.1} s",
+            report.fqrn,
+            report.revision,
+            report.root_hash,
+            report.revisions,
+            report.new_objects,
+            report.bytes_stored,
+            report.seconds
+        )
+    })
 }
 
 fn serve(arguments: &Serve) -> Result<(), PublishError> {

@@ -58,6 +58,8 @@ pub struct Settings {
     pub chunks: ChunkSizes,
     /// Whether the nanoseconds of modification times are recorded.
     pub nanoseconds: bool,
+    /// Whether the repository itself says so; otherwise a `server.conf` may.
+    pub is_recorded: bool,
 }
 
 impl Settings {
@@ -68,12 +70,19 @@ impl Settings {
             compression: Compression::Zlib,
             chunks: ChunkSizes::default(),
             nanoseconds: false,
+            is_recorded: false,
         }
     }
 
     /// Settings of new repositories.
     pub fn new_repository(compression: Compression) -> Settings {
-        Settings { deflate: Deflate::Fast, compression, chunks: ChunkSizes::default(), nanoseconds: true }
+        Settings {
+            deflate: Deflate::Fast,
+            compression,
+            chunks: ChunkSizes::default(),
+            nanoseconds: true,
+            is_recorded: true,
+        }
     }
 
     /// The metainfo object of a new repository: the usual keys, empty, and these settings.
@@ -106,6 +115,7 @@ impl Settings {
             compression: record.compression.parse().unwrap_or(foreign.compression),
             chunks: validated(ChunkSizes { min, avg, max }).unwrap_or_default(),
             nanoseconds: record.nanoseconds,
+            is_recorded: true,
         }
     }
 }

@@ -236,6 +236,30 @@ impl LayerTree {
         Ok(())
     }
 
+    /// An error naming an entry whose file has another name in another directory.
+    pub(crate) fn refuse_links_across_directories(&self) -> Result<(), PublishError> {
+        let mut places = vec![None; self.leaves.len()];
+        let mut directories: Vec<(LayerPath, &Directory)> = vec![(LayerPath::root(), &self.root)];
+        let mut number = 0_usize;
+        while let Some((path, directory)) = directories.pop() {
+            number += 1;
+            for (name, child) in &directory.children {
+                let join = || path.join(name).map_err(|e| PublishError::entry(name, e));
+                match child {
+                    Child::Directory(below) => directories.push((join()?, below)),
+                    Child::Leaf(id) if places[id.0].replace(number).is_some_and(|place| place != number) => {
+                        return Err(PublishError::entry(
+                            join()?.as_bytes(),
+                            "has a hard link in another directory",
+                        ));
+                    }
+                    Child::Leaf(_) | Child::Link(_) => {}
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn put(&mut self, path: &LayerPath, child: Child, time: Timestamp) -> Result<(), PublishError> {
         let Some((parents, name)) = split(path)? else {
             return Err(PublishError::entry(b"./", "the root of an archive must be a directory"));

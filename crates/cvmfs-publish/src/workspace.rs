@@ -101,6 +101,37 @@ impl Workspace {
         self.locate(path, Side::Content)
     }
 
+    /// The rows of a directory whose content is in `at`.
+    pub(crate) fn list(&self, at: Index, path: &[u8]) -> Result<Vec<Entry>, PublishError> {
+        self.get(at).writer.reader().list_all(PathHash::of(path)).map_err(in_catalog(path))
+    }
+
+    /// Hands all rows of a catalog to `visit`.
+    pub(crate) fn for_each(&self, at: Index, mut visit: impl FnMut(Entry)) -> Result<(), PublishError> {
+        let each = |entry: Result<Entry, CatalogError>| {
+            visit(entry?);
+            Ok(())
+        };
+        self.get(at).writer.reader().for_each(each).map_err(in_catalog(self.mountpoint(at)))
+    }
+
+    /// Where a catalog is mounted; empty for the root.
+    pub(crate) fn mountpoint(&self, at: Index) -> &[u8] {
+        &self.get(at).mountpoint
+    }
+
+    /// How many rows a catalog has.
+    pub(crate) fn own_entries(&self, at: Index) -> Result<u64, PublishError> {
+        let counters = self.get(at).writer.counters().map_err(in_catalog(self.mountpoint(at)))?;
+        Ok(u64::try_from(counters.own.entries()).unwrap_or(0))
+    }
+
+    /// Whether the catalog `at`, or one mounted at or below `path`, was changed.
+    pub(crate) fn has_changes(&self, at: Index, path: &[u8]) -> bool {
+        let below = |c: &Working| c.changed && (c.mountpoint == path || is_below(&c.mountpoint, path));
+        self.get(at).changed || self.catalogs.iter().flatten().any(below)
+    }
+
     /// Adds a row that must not exist.
     pub(crate) fn insert(
         &mut self,

@@ -1,6 +1,7 @@
 //! Benchmarks, as ratios to the same work without CernVM-FS on the same machine at the same time.
 
 mod client;
+mod publish;
 mod read;
 mod start;
 mod syscall;
@@ -11,12 +12,13 @@ use testkit::{interrupt, scratch, workspace_root};
 
 use crate::build;
 
-const NAMES: [&str; 3] = ["client", "read", "start"];
+const NAMES: [&str; 4] = ["client", "publish", "read", "start"];
 
 #[derive(Debug, clap::Args)]
 pub struct Options {
     /// Which: read (warm reads through overlayfs), start (docker run of a thin image),
-    /// client (many small and some large files, cold to hot; memory); all if none is named
+    /// client (many small and some large files, cold to hot; memory), publish (archives of
+    /// small, large and many files; nothing new; check; memory); all if none is named
     names: Vec<String>,
     /// Print one JSON document instead of the table
     #[arg(long)]
@@ -103,6 +105,9 @@ fn measure(wanted: impl Fn(&str) -> bool) -> Result<Vec<Line>> {
     let mut lines = Vec::new();
     if wanted("client") {
         lines.extend(client::measure()?);
+    }
+    if wanted("publish") {
+        lines.extend(publish::measure()?);
     }
     if wanted("start") {
         lines.extend(start::measure()?);

@@ -11,6 +11,7 @@ use cvmfs_format::xattr::Xattrs;
 use cvmfs_format::{ContentHash, ObjectKind, ObjectName, PathHash};
 use std::sync::atomic::Ordering;
 
+use super::partial::{nested_hash, same_content};
 use super::{Check, ProblemKind, Use};
 use crate::error::{PublishError, shown};
 use crate::head::{Head, unpack_database};
@@ -21,19 +22,22 @@ use crate::workspace::{MARKER, chain, joined};
 #[derive(Debug, Clone)]
 pub(super) struct Tree {
     /// Counted anew: its own rows and all below.
-    totals: Counts,
+    pub(super) totals: Counts,
     /// Whether all catalogs below could be read.
-    complete: bool,
-    size: u64,
-    root: Option<Entry>,
-    revision: u64,
+    pub(super) complete: bool,
+    /// Plain bytes; 0 if unknown.
+    pub(super) size: u64,
+    pub(super) root: Option<Entry>,
+    pub(super) revision: u64,
 }
 
 impl Check<'_> {
     /// Checks the current revision.
     pub(super) fn revision(&mut self, head: &Head) -> Result<(), PublishError> {
         let manifest = &head.manifest;
-        let Some(tree) = self.catalog(manifest.root_catalog, manifest.root_catalog_size, b"", None)? else {
+        let Some(tree) =
+            self.catalog(manifest.root_catalog, manifest.root_catalog_size, b"", None, self.options.since)?
+        else {
             return Ok(());
         };
         let name = ObjectName::new(manifest.root_catalog, ObjectKind::Catalog);
@@ -46,7 +50,7 @@ impl Check<'_> {
 
     /// Checks a tagged revision.
     pub(super) fn tagged(&mut self, tag: &Tag) -> Result<(), PublishError> {
-        if let Some(tree) = self.catalog(tag.root_catalog, tag.root_catalog_size, b"", None)?
+        if let Some(tree) = self.catalog(tag.root_catalog, tag.root_catalog_size, b"", None, None)?
             && tree.revision != tag.revision
         {
             let name = ObjectName::new(tag.root_catalog, ObjectKind::Catalog);
@@ -56,28 +60,42 @@ impl Check<'_> {
         Ok(())
     }
 
+    /// Checks of a tagged revision what the current one has not.
+    pub(super) fn since(&mut self, tag: &Tag) -> Result<(), PublishError> {
+        let old = self.options.since;
+        self.catalog(tag.root_catalog, tag.root_catalog_size, b"", None, old)?;
+        Ok(())
+    }
+
     /// Examines the catalog `hash` mounted at `mountpoint`, whose row in the catalog above is `above`; nothing if
     /// it cannot be read, which is reported.
-    fn catalog(
+    ///
+    /// `old` is the catalog that the older revision has there, if only changes are to be checked.
+    pub(super) fn catalog(
         &mut self,
         hash: ContentHash,
         expected_size: u64,
         mountpoint: &[u8],
         above: Option<&Entry>,
+        old: Option<ContentHash>,
     ) -> Result<Option<Tree>, PublishError> {
         let name = ObjectName::new(hash, ObjectKind::Catalog);
         let key = (name, mountpoint.to_vec());
         let known = match self.trees.get(&key) {
             Some(known) => known.clone(),
             None => {
-                let tree = self.examine(name, mountpoint)?;
+                let tree = if old == Some(hash) {
+                    self.unchanged(name, mountpoint)
+                } else {
+                    self.examine(name, mountpoint, old)?
+                };
                 self.trees.insert(key, tree.clone());
                 tree
             }
         };
         let Some(tree) = known else { return Ok(None) };
         // sizes were not recorded by old publishers
-        if expected_size != 0 && expected_size != tree.size {
+        if expected_size != 0 && tree.size != 0 && expected_size != tree.size {
             let message = format!("has {} plain bytes, its reference says {expected_size}", tree.size);
             self.findings.add(ProblemKind::Catalog, mountpoint, Some(&name), message);
         }
@@ -90,7 +108,12 @@ impl Check<'_> {
         Ok(Some(tree))
     }
 
-    fn examine(&mut self, name: ObjectName, mountpoint: &[u8]) -> Result<Option<Tree>, PublishError> {
+    fn examine(
+        &mut self,
+        name: ObjectName,
+        mountpoint: &[u8],
+        old: Option<ContentHash>,
+    ) -> Result<Option<Tree>, PublishError> {
         let file = self.work_file(&format!("catalog.{}", self.catalogs));
         let size = match unpack_database(&*self.options.storage, name, &file) {
             Ok(size) => size,
@@ -101,7 +124,10 @@ impl Check<'_> {
         };
         self.catalogs += 1;
         let outcome = match Catalog::open(&file) {
-            Ok(catalog) => self.rows(&catalog, name, mountpoint, size),
+            Ok(catalog) => {
+                let older = self.older(old);
+                self.rows(&catalog, older.as_ref(), name, mountpoint, size)
+            }
             Err(error) => {
                 self.findings.add(ProblemKind::Corrupt, mountpoint, Some(&name), chain(&error));
                 Ok(None)
@@ -114,6 +140,7 @@ impl Check<'_> {
     fn rows(
         &mut self,
         catalog: &Catalog,
+        older: Option<&Catalog>,
         name: ObjectName,
         mountpoint: &[u8],
         size: u64,
@@ -150,6 +177,7 @@ impl Check<'_> {
         let mut walk = Walk {
             check: self,
             catalog,
+            older,
             name,
             nested: nested.into_iter().map(|reference| (reference.path.clone(), (reference, None))).collect(),
             own: Counts::default(),
@@ -167,13 +195,16 @@ impl Check<'_> {
             own.nested += 1;
             match row {
                 None => wrong(self, &path, "a nested catalog is registered without its directory".to_owned()),
-                Some(row) => match self.catalog(reference.hash, reference.size, &path, Some(&row))? {
-                    Some(tree) => {
-                        totals.subtree += tree.totals;
-                        complete &= tree.complete;
+                Some(row) => {
+                    let old = older.and_then(|older| nested_hash(older, &path));
+                    match self.catalog(reference.hash, reference.size, &path, Some(&row), old)? {
+                        Some(tree) => {
+                            totals.subtree += tree.totals;
+                            complete &= tree.complete;
+                        }
+                        None => complete = false,
                     }
-                    None => complete = false,
-                },
+                }
             }
         }
         totals.own = own;
@@ -216,15 +247,17 @@ impl Check<'_> {
 
 /// One pass through a catalog along its directories.
 #[derive(Debug)]
-struct Walk<'c, 'o> {
-    check: &'c mut Check<'o>,
-    catalog: &'c Catalog,
-    name: ObjectName,
+pub(super) struct Walk<'c, 'o> {
+    pub(super) check: &'c mut Check<'o>,
+    pub(super) catalog: &'c Catalog,
+    /// The older revision's catalog at this place, if only changes are to be checked.
+    pub(super) older: Option<&'c Catalog>,
+    pub(super) name: ObjectName,
     /// References to nested catalogs, with the directory's row once it was met.
-    nested: HashMap<Vec<u8>, (NestedCatalog, Option<Entry>)>,
-    own: Counts,
-    reached: u64,
-    chunks: u64,
+    pub(super) nested: HashMap<Vec<u8>, (NestedCatalog, Option<Entry>)>,
+    pub(super) own: Counts,
+    pub(super) reached: u64,
+    pub(super) chunks: u64,
 }
 
 impl Walk<'_, '_> {
@@ -232,14 +265,14 @@ impl Walk<'_, '_> {
         self.check.findings.add(ProblemKind::Catalog, path, Some(&self.name), message);
     }
 
-    fn count(&mut self, entry: &Entry) {
+    pub(super) fn count(&mut self, entry: &Entry) {
         self.reached += 1;
         self.own += Counts::of(entry);
         self.check.options.counters.entries.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Everything in the directory `path`, and whether `entry` fits it.
-    fn directory(&mut self, path: &[u8], entry: &Entry, depth: usize) {
+    pub(super) fn directory(&mut self, path: &[u8], entry: &Entry, depth: usize) {
         if depth > MAX_DEPTH {
             return self.wrong(path, format!("is more than {MAX_DEPTH} directories deep"));
         }
@@ -318,7 +351,7 @@ impl Walk<'_, '_> {
     }
 
     /// Rules for a single row.
-    fn entry(&mut self, path: &[u8], entry: &Entry) {
+    pub(super) fn entry(&mut self, path: &[u8], entry: &Entry) {
         let kind = entry.kind();
         let kind_flags = EntryFlags::DIRECTORY | EntryFlags::FILE | EntryFlags::LINK | EntryFlags::SPECIAL;
         if entry.flags.0 & kind_flags != EntryFlags::of_kind(kind).0 {
@@ -383,6 +416,9 @@ impl Walk<'_, '_> {
         if entry.is_external() {
             // read from another server; copies that the C++ publisher stored are not litter
             self.check.referenced.extend(needed.into_iter().map(|(name, _)| name));
+            return;
+        }
+        if self.older.is_some_and(|older| same_content(older, self.catalog, entry)) {
             return;
         }
         for (name, plain_size) in needed {

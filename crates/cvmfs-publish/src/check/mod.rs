@@ -12,6 +12,7 @@
 
 mod catalogs;
 mod objects;
+mod partial;
 mod references;
 
 use std::collections::{HashMap, HashSet};
@@ -19,19 +20,24 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use cvmfs_format::history::Tag;
 use cvmfs_format::signature::MasterKeys;
-use cvmfs_format::{Compression, ObjectName};
+use cvmfs_format::{Compression, ContentHash, ObjectName};
 use serde::Serialize;
 
 use crate::commit::Scratch;
 use crate::error::{PublishError, shown};
 use crate::head::Head;
+use crate::path::RepositoryPath;
 use crate::pipeline::Counters;
 use crate::publisher::{Clock, system_clock};
 use crate::storage::Storage;
 
 /// More problems than this are counted, not listed: beyond it the repository is simply lost.
 pub const MAX_LISTED: usize = 10_000;
+
+/// Problems that the refusal of a revision lists.
+const MAX_NAMED: usize = 10;
 
 /// What to check.
 #[derive(Debug)]
@@ -44,6 +50,10 @@ pub struct CheckOptions {
     pub masters: MasterKeys,
     /// Check every tagged revision as thoroughly as the current one.
     pub tags: bool,
+    /// Check only this entry and what is below it.
+    pub path: Option<RepositoryPath>,
+    /// Check only what changed since the revision with this root catalog.
+    pub since: Option<ContentHash>,
     /// Read and verify the stored bytes of every object; otherwise only look whether it is there.
     pub contents: bool,
     /// Look for objects that no revision in the reflog refers to.
@@ -62,6 +72,8 @@ impl CheckOptions {
             storage,
             masters,
             tags: false,
+            path: None,
+            since: None,
             contents: true,
             unreferenced: true,
             counters: Arc::default(),
@@ -149,24 +161,22 @@ pub fn check(options: &CheckOptions) -> Result<CheckReport, PublishError> {
     let started = Instant::now();
     let now = (options.clock)();
     let head = Head::load(&*options.storage, &options.fqrn, &options.masters, now)?;
-    let mut check = Check {
-        options,
-        scratch: Scratch::in_temporary_directory()?,
-        findings: Findings::default(),
-        uses: HashMap::new(),
-        referenced: HashSet::new(),
-        trees: HashMap::new(),
-        catalogs: 0,
-    };
+    let mut check = Check::new(options)?;
     let roots = check.references(&head, now)?;
-    check.revision(&head)?;
+    match options.path.as_ref().filter(|path| !path.is_root()) {
+        Some(path) => check.subtree(&head, path)?,
+        None => check.revision(&head)?,
+    }
     if options.tags {
         for tag in &roots.tagged {
             check.tagged(tag)?;
         }
     }
     let bytes = check.verify_objects();
-    let unreferenced = if options.unreferenced { check.unreferenced(&roots)? } else { Vec::new() };
+    // what a part does not refer to may be in use elsewhere
+    let is_whole = options.path.is_none() && options.since.is_none();
+    let unreferenced =
+        if options.unreferenced && is_whole { check.unreferenced(&roots)? } else { Vec::new() };
     let findings = check.findings;
     Ok(CheckReport {
         fqrn: options.fqrn.clone(),
@@ -187,6 +197,32 @@ pub fn check(options: &CheckOptions) -> Result<CheckReport, PublishError> {
     })
 }
 
+/// Makes sure that a tagged revision can be had: every catalog, and that every object that the current revision has not,
+/// is there.
+pub(crate) fn require_complete(options: &CheckOptions, tag: &Tag) -> Result<(), PublishError> {
+    let mut check = Check::new(options)?;
+    check.since(tag)?;
+    check.verify_objects();
+    let Findings { problems, count, .. } = check.findings;
+    if count == 0 {
+        return Ok(());
+    }
+    let listed: Vec<String> = problems
+        .iter()
+        .take(MAX_NAMED)
+        .map(|problem| {
+            let object = problem.object.as_deref().map(|object| format!(" ({object})")).unwrap_or_default();
+            format!("\n  {}: {}{object}", problem.path, problem.message)
+        })
+        .collect();
+    let more = count.saturating_sub(MAX_NAMED as u64);
+    let more = if more > 0 { format!("\n  and {more} more") } else { String::new() };
+    Err(PublishError::damaged(
+        format!("revision {} (tag {})", tag.revision, tag.name),
+        format!("is not complete:{}{more}", listed.concat()),
+    ))
+}
+
 /// A check in progress.
 #[derive(Debug)]
 struct Check<'o> {
@@ -200,6 +236,8 @@ struct Check<'o> {
     /// Catalogs examined already, also in vain: tags share most of theirs.
     trees: HashMap<(ObjectName, Vec<u8>), Option<catalogs::Tree>>,
     catalogs: u64,
+    /// Catalogs opened beside those that are examined.
+    unpacked: u64,
 }
 
 /// Where an object is used.
@@ -234,7 +272,20 @@ impl Findings {
     }
 }
 
-impl Check<'_> {
+impl<'o> Check<'o> {
+    fn new(options: &'o CheckOptions) -> Result<Check<'o>, PublishError> {
+        Ok(Check {
+            options,
+            scratch: Scratch::in_temporary_directory()?,
+            findings: Findings::default(),
+            uses: HashMap::new(),
+            referenced: HashSet::new(),
+            trees: HashMap::new(),
+            catalogs: 0,
+            unpacked: 0,
+        })
+    }
+
     fn work_file(&self, name: &str) -> PathBuf {
         self.scratch.file(name)
     }

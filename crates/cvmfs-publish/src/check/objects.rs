@@ -22,7 +22,7 @@ impl Check<'_> {
         let mut work: Vec<(&ObjectName, &Use)> = self.uses.iter().collect();
         // in the order of the storage's directories
         work.sort_unstable_by_key(|(name, _)| **name);
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get()) + EXTRA_THREADS;
+        let threads = (self.options.storage.writers() + EXTRA_THREADS).min(work.len());
         let next = AtomicUsize::new(0);
         let bytes = AtomicU64::new(0);
         let found: Mutex<Vec<(usize, Found)>> = Mutex::default();

@@ -11,11 +11,14 @@ use cvmfs_format::{ContentHash, ObjectKind, ObjectName};
 use super::{Check, ProblemKind, Unreferenced};
 use crate::error::PublishError;
 use crate::head::{Head, load_small, unpack_database};
-use crate::storage;
+use crate::replicate::LAST_SNAPSHOT;
+use crate::storage::{self, StorageError};
 use crate::workspace::chain;
 
 const MAX_REFLOG: u64 = 1 << 30;
 const MAX_METAINFO: u64 = 1 << 20;
+/// It has one date.
+const MAX_SNAPSHOT_FILE: u64 = 4096;
 
 /// Where to look for revisions.
 #[derive(Debug, Default)]
@@ -145,6 +148,7 @@ impl Check<'_> {
             (Some(content), _) => content,
             // a replica has none, or its own
             (None, None) => return Ok(()),
+            (None, Some(_)) if self.is_replica()? => return Ok(()),
             (None, Some(_)) => {
                 let message = format!("{} is missing: the next publish makes a new one", storage::REFLOG);
                 self.findings.add(ProblemKind::Reflog, b"", None, message);
@@ -201,6 +205,11 @@ impl Check<'_> {
         Ok(())
     }
 
+    /// Whether the repository was copied from another one.
+    fn is_replica(&self) -> Result<bool, PublishError> {
+        Ok(self.options.storage.get_file(LAST_SNAPSHOT, MAX_SNAPSHOT_FILE)?.is_some())
+    }
+
     /// Stored objects that no revision in `roots` refers to.
     pub(super) fn unreferenced(&mut self, roots: &Roots) -> Result<Vec<Unreferenced>, PublishError> {
         let mut known: HashSet<ObjectName> = self.uses.keys().copied().collect();
@@ -219,11 +228,15 @@ impl Check<'_> {
         // data/xx/…: comparing paths also finds files whose names are no object names
         let known: HashSet<String> = known.iter().map(ObjectName::path).collect();
         let mut found = Vec::new();
-        self.options.storage.list_objects(&mut |object| {
+        let listed = self.options.storage.list_objects(&mut |object| {
             if !known.contains(&object.path) {
                 found.push(Unreferenced { object: object.path, bytes: object.size });
             }
-        })?;
+        });
+        match listed {
+            Err(error @ StorageError::NoListing { .. }) => self.findings.note(error.to_string()),
+            other => other?,
+        }
         Ok(found)
     }
 

@@ -51,6 +51,16 @@ pub enum SpecialFiles {
     Skip,
 }
 
+/// What to do with a file that has names in several directories: a repository cannot express that (format §9.4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum XdirHardLinks {
+    /// The names in each directory are one file; those in different directories are independent, with the same content.
+    #[default]
+    Split,
+    /// Refuse the input.
+    Refuse,
+}
+
 /// How an archive or tree is ingested.
 #[derive(Debug, Clone, Default)]
 pub struct IngestOptions {
@@ -64,6 +74,8 @@ pub struct IngestOptions {
     pub xattrs: bool,
     /// Treatment of special files.
     pub special_files: SpecialFiles,
+    /// Treatment of hard links across directories.
+    pub xdir_hard_links: XdirHardLinks,
     /// Chunk sizes; the repository's if `None`.
     pub chunk_sizes: Option<ChunkSizes>,
     /// Deflate implementation; the repository's if `None`.

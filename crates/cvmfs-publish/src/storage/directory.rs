@@ -164,26 +164,28 @@ impl Storage for Directory {
 
     fn put_object(&self, name: &ObjectName, stored: &[u8]) -> Result<Put, StorageError> {
         let target = self.root.join(name.path());
-        let put = match fs::symlink_metadata(&target) {
-            Ok(there) if there.len() == stored.len() as u64 => return Ok(Put::Present),
-            // The name fixes the content, so another length is damage (a power failure
-            // before the data reached the disk). Replacing it atomically is safe.
-            Ok(there) => {
-                tracing::warn!(
-                    object = %name.path(), found = there.len(), expected = stored.len(),
-                    "replacing a damaged object"
-                );
-                Put::Replaced
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Put::New,
-            Err(error) => return Err(at("look for", &target)(error)),
-        };
+        let put = state_of(&target, stored.len() as u64)?;
+        if put == Put::Present {
+            return Ok(put);
+        }
         self.place(&target, stored, false)?;
         Ok(put)
     }
 
     fn is_sure_of_new_objects(&self) -> bool {
         true
+    }
+
+    fn put_object_file(&self, name: &ObjectName, file: &Path) -> Result<Put, StorageError> {
+        let target = self.root.join(name.path());
+        let size = fs::metadata(file).map_err(at("read", file))?.len();
+        let put = state_of(&target, size)?;
+        if put == Put::Present {
+            return Ok(put);
+        }
+        fs::set_permissions(file, fs::Permissions::from_mode(FILE_MODE)).map_err(at("write", file))?;
+        rename_making_parent(file, &target).map_err(at("write", &target))?;
+        Ok(put)
     }
 
     fn object_size(&self, name: &ObjectName) -> Result<Option<u64>, StorageError> {
@@ -226,6 +228,14 @@ impl Storage for Directory {
         self.place(&self.root.join(name), content, true)
     }
 
+    fn delete_file(&self, name: &str) -> Result<(), StorageError> {
+        let path = self.root.join(name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at("remove", &path)(error)),
+            _ => Ok(()),
+        }
+    }
+
     fn settle(&self) -> Result<(), StorageError> {
         // One syncfs for the whole publish: syncing each object would cost more than compressing it.
         let root = File::open(&self.root).map_err(at("open", &self.root))?;
@@ -260,6 +270,24 @@ impl Storage for Directory {
         let path = self.temporary();
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(at("create", &path))?;
         Ok(path)
+    }
+}
+
+/// What storing an object of this size will be, by what is there.
+fn state_of(target: &Path, size: u64) -> Result<Put, StorageError> {
+    match fs::symlink_metadata(target) {
+        Ok(there) if there.len() == size => Ok(Put::Present),
+        // The name fixes the content, so another length is damage (a power failure
+        // before the data reached the disk). Replacing it atomically is safe.
+        Ok(there) => {
+            tracing::warn!(
+                object = %target.display(), found = there.len(), expected = size,
+                "replacing a damaged object"
+            );
+            Ok(Put::Replaced)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Put::New),
+        Err(error) => Err(at("look for", target)(error)),
     }
 }
 

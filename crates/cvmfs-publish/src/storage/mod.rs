@@ -13,16 +13,21 @@
 //! Repository format §1 (layout), publisher behaviour §1 and §14.
 
 mod directory;
+mod http;
+mod remote;
+mod s3;
 
 use std::fmt::Debug;
 use std::io::{self, Read};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use cvmfs_format::ObjectName;
 
 pub use directory::Directory;
+pub use http::Http;
+pub use s3::S3;
 
 /// The signed description of the current revision.
 pub const MANIFEST: &str = ".cvmfspublished";
@@ -79,11 +84,79 @@ pub enum StorageError {
         /// The path that was given.
         path: String,
     },
-    /// A `s3://` storage was named.
-    #[error("{url}: S3 storage is not available in this version, give a directory")]
-    S3NotAvailable {
-        /// The URL that was given.
+    /// A `s3://` location, or the `AWS_*` variables with it, makes no sense.
+    #[error("{location}: {reason}")]
+    InvalidLocation {
+        /// The location that was given.
+        location: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// An S3 store refused, or could not be reached.
+    #[error("cannot {action} {path}")]
+    Remote {
+        /// What was tried, as a verb.
+        action: &'static str,
+        /// The key concerned.
+        path: String,
+        /// Why it failed.
+        #[source]
+        source: Box<object_store::Error>,
+    },
+    /// A web server did not answer as it should.
+    #[error("cannot read {url}: {reason}")]
+    Unreachable {
+        /// What was asked for.
         url: String,
+        /// The last answer, or what happened instead of one.
+        reason: String,
+    },
+    /// A change of something that can only be read.
+    #[error("{location} can only be read: changes need a directory or a bucket")]
+    ReadOnly {
+        /// The storage.
+        location: String,
+    },
+    /// A web server does not tell what it has.
+    #[error("{location} is behind a web server, so what is stored there cannot be listed")]
+    NoListing {
+        /// The storage.
+        location: String,
+    },
+    /// A store cannot keep two publishers apart.
+    #[error(
+        "{location} has no conditional writes ({reason}), so two publishers could overwrite each other: use \
+         another store, or set AWS_CONDITIONAL_PUT=disabled if nobody else ever publishes to it"
+    )]
+    NoConditionalWrites {
+        /// The store.
+        location: String,
+        /// How that showed.
+        reason: String,
+    },
+    /// The manifest changed since this publisher began.
+    #[error("{path} was replaced by another publisher meanwhile: nothing was published, do it again")]
+    Overtaken {
+        /// The manifest's key.
+        path: String,
+    },
+    /// The lock was not renewed in time, so that another publisher may have it.
+    #[error(
+        "the lock {path} was lost, as the store could not be reached for too long: nothing was published"
+    )]
+    LockLost {
+        /// The lock's key.
+        path: String,
+    },
+    /// Objects whose upload was confirmed are not there.
+    #[error(
+        "the store confirmed {count} uploads and does not have them ({named}): nothing was published, do it again"
+    )]
+    Lost {
+        /// How many.
+        count: usize,
+        /// Some of them, as paths below the storage root.
+        named: String,
     },
     /// Something is larger than its reader is willing to take.
     #[error("{path} is larger than the limit of {limit} bytes")]
@@ -123,10 +196,18 @@ impl StorageError {
             StorageError::Io { source, .. } => {
                 matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
             }
+            // the code of an answer is only to be had as text
+            StorageError::Remote { source, .. } => {
+                let text = source.to_string();
+                OUT_OF_SPACE.iter().any(|code| text.contains(code))
+            }
             _ => false,
         }
     }
 }
+
+/// What S3 stores say when they are full: 507, and the codes of AWS, Garage and MinIO.
+const OUT_OF_SPACE: [&str; 4] = ["507 Insufficient Storage", "QuotaExceeded", "QuotaReached", "StorageFull"];
 
 /// The right to change a storage; given back when dropped, or when the process ends in any way.
 pub trait StorageLock: Send + Debug {}
@@ -139,8 +220,17 @@ pub trait Storage: Send + Sync + Debug {
     /// Takes the publisher's lock, waiting at most `wait`, and removes what interrupted publishers left behind.
     fn lock(&self, wait: Duration) -> Result<Box<dyn StorageLock>, StorageError>;
 
+    /// How many threads may usefully read, store or delete objects at the same time.
+    fn writers(&self) -> usize {
+        std::thread::available_parallelism().map_or(1, |n| n.get())
+    }
+
     /// Stores an object under its name unless it is there. The caller vouches that `stored` hashes to the name.
     fn put_object(&self, name: &ObjectName, stored: &[u8]) -> Result<Put, StorageError>;
+
+    /// Like [`Storage::put_object`] for a file in a directory of [`Storage::scratch`], which is moved or removed later
+    /// by the caller.
+    fn put_object_file(&self, name: &ObjectName, file: &Path) -> Result<Put, StorageError>;
 
     /// The stored size of an object in bytes, or `None` if it does not exist.
     fn object_size(&self, name: &ObjectName) -> Result<Option<u64>, StorageError>;
@@ -169,7 +259,11 @@ pub trait Storage: Send + Sync + Debug {
     /// Creates or replaces a file below the storage root, atomically and durably.
     fn put_file(&self, name: &str, content: &[u8]) -> Result<(), StorageError>;
 
-    /// Makes everything stored so far survive a power failure. Called once before the manifest.
+    /// Removes a file below the storage root; one that is not there is fine.
+    fn delete_file(&self, name: &str) -> Result<(), StorageError>;
+
+    /// Makes sure that everything stored so far is there and survives a power failure. Called before the manifest is
+    /// signed.
     fn settle(&self) -> Result<(), StorageError>;
 
     /// Lists everything below `data/` except the scratch area.
@@ -179,23 +273,52 @@ pub trait Storage: Send + Sync + Debug {
     fn scratch(&self) -> Result<PathBuf, StorageError>;
 }
 
-/// Opens the storage that `location` names: a directory, or (one day) `s3://BUCKET/PREFIX`.
+/// Opens the storage that `location` names: a directory, `s3://BUCKET/PREFIX`, or the URL of a web server, which can
+/// only be read.
 pub fn open(location: &str) -> Result<Arc<dyn Storage>, StorageError> {
-    refuse_s3(location)?;
-    Ok(Arc::new(Directory::open(location)?))
+    Ok(match Place::of(location) {
+        Place::Bucket => Arc::new(S3::open(location)?),
+        Place::Server => Arc::new(Http::open(location)?),
+        Place::Directory => Arc::new(Directory::open(location)?),
+    })
 }
 
-/// Like [`open`], but makes the storage directory and its fixed sub-directories if they are missing.
+/// Like [`open`], but makes the storage directory and its fixed sub-directories if they are missing. A bucket must
+/// exist.
 pub fn create(location: &str) -> Result<Arc<dyn Storage>, StorageError> {
-    refuse_s3(location)?;
-    Ok(Arc::new(Directory::create(location)?))
+    match Place::of(location) {
+        Place::Directory => Ok(Arc::new(Directory::create(location)?)),
+        Place::Bucket | Place::Server => open(location),
+    }
 }
 
-fn refuse_s3(location: &str) -> Result<(), StorageError> {
-    if location.starts_with("s3://") {
-        return Err(StorageError::S3NotAvailable { url: location.to_owned() });
+enum Place {
+    Directory,
+    Bucket,
+    Server,
+}
+
+impl Place {
+    fn of(location: &str) -> Place {
+        let begins =
+            |scheme: &str| location.get(..scheme.len()).is_some_and(|s| s.eq_ignore_ascii_case(scheme));
+        match location {
+            _ if begins("s3://") => Place::Bucket,
+            _ if begins("http://") || begins("https://") => Place::Server,
+            _ => Place::Directory,
+        }
     }
-    Ok(())
+}
+
+/// A new directory for work files where a storage has none of its own; its user removes it.
+fn temporary_directory() -> Result<PathBuf, StorageError> {
+    let made = tempfile::Builder::new().prefix("cvmfs-publish.").tempdir();
+    let made = made.map_err(|source| StorageError::Io {
+        action: "create",
+        path: std::env::temp_dir().display().to_string(),
+        source,
+    })?;
+    Ok(made.keep())
 }
 
 /// Reads to the end, refusing more than `limit` bytes.
@@ -214,15 +337,6 @@ pub(crate) fn read_bounded(reader: impl Read, path: &str, limit: u64) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn s3_storage_is_refused_with_one_clear_sentence() {
-        let error = open("s3://bucket/prefix").expect_err("S3 is not available");
-        assert_eq!(
-            error.to_string(),
-            "s3://bucket/prefix: S3 storage is not available in this version, give a directory"
-        );
-    }
 
     #[test]
     fn reading_stops_at_the_limit() {

@@ -83,14 +83,14 @@ fn bad_requests_are_refused_before_any_work() {
     assert_eq!(elsewhere.run("ingest", &["--delete", "x"], b"").status.code(), Some(5));
     let other = Repository::at("other.example.org", &repository.storage, &repository.keys);
     assert_eq!(other.run("ingest", &["--delete", "x"], b"").status.code(), Some(5));
-    let s3 = Repository::at(&repository.fqrn, "s3://bucket/prefix".as_ref(), &repository.keys);
-    let output = s3.run("ingest", &["--delete", "x"], b"");
+    let nowhere = Repository::at(&repository.fqrn, "s3:///prefix".as_ref(), &repository.keys);
+    let output = nowhere.run("ingest", &["--delete", "x"], b"");
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.code() == Some(1) && message.contains("S3 storage is not available"), "{message}");
+    assert!(output.status.code() == Some(2) && message.contains("s3://BUCKET/PREFIX"), "{message}");
 }
 
 #[test]
-fn keys_that_others_can_read_or_that_do_not_belong_are_refused() {
+fn row_98_keys_that_others_can_read_or_that_do_not_belong_are_refused() {
     let repository = Repository::create(&[]);
     let archive = Tar::default().file("f", b"x").finish();
     let key = repository.keys.join("test.example.org.key");

@@ -18,7 +18,7 @@ fn check(repository: &Repository, options: &[&str]) -> (Option<i32>, serde_json:
 }
 
 #[test]
-fn one_missing_one_flipped_and_one_extra_object_are_named() {
+fn row_100_one_missing_one_flipped_and_one_extra_object_are_named() {
     let repository = Repository::create(&[]);
     let archive = Tar::default()
         .file("a/missing", &noise(3000, 1))
@@ -218,4 +218,47 @@ fn a_wrong_history_or_reflog_is_found() {
     let report = repository.check();
     assert_eq!(report.problems.len(), 1, "{report:#?}");
     assert_eq!(report.problems[0].kind, ProblemKind::Corrupt);
+}
+
+#[test]
+fn a_part_is_checked_and_the_rest_is_not_read() {
+    let repository = Repository::create(&[]);
+    let archive = |seed: u32| {
+        let noise = |n: u32| crate::round_trip::noise(3000, seed * 10 + n);
+        Tar::default().file("x/one", &noise(1)).file("x/two", &noise(2)).file("y/three", &noise(3)).finish()
+    };
+    repository.ingest("/a", &archive(1), &["--catalog"]);
+    repository.ingest("/a/x/deep", &archive(2), &["--catalog"]);
+    repository.ingest("/b", &archive(3), &["--tag", "before"]);
+    repository.ingest("/b/later", &archive(4), &["--chunk-size", "512:1K:2K"]);
+    let objects = |options: &[&str]| {
+        let (code, report) = check(&repository, options);
+        assert_eq!((code, &report["ok"]), (Some(0), &true.into()), "{options:?}: {report}");
+        report["objects"].as_u64().unwrap()
+    };
+    let whole = objects(&[]);
+    assert_eq!(objects(&["--path", "/"]), whole);
+    assert_eq!(objects(&["--path", "a/y"]), 1);
+    assert_eq!(objects(&["--path", "/a/y/three"]), 1);
+    // two files, three in the nested catalog, its empty marker
+    assert_eq!(objects(&["--path", "/a/x"]), 6);
+    assert_eq!(objects(&["--path", "/a/x/deep"]), 4);
+    assert_eq!(repository.run("check", &["--path", "/a/none"], b"").status.code(), Some(5));
+    let changed = objects(&["--since", "before"]);
+    assert!(changed >= 6 && changed < whole, "{changed} of {whole}");
+    assert_eq!(objects(&["--since", "before", "--path", "/a"]), 0);
+    assert_eq!(objects(&["--since", "trunk"]), 0);
+
+    // damage in one part is seen there only
+    let hash = {
+        let root = repository.catalog(repository.head().manifest.root_catalog);
+        root.lookup(cvmfs_format::PathHash::of(b"/b/x/one")).unwrap().unwrap().hash.unwrap()
+    };
+    let name = cvmfs_format::ObjectName::new(hash, cvmfs_format::ObjectKind::File);
+    std::fs::remove_file(repository.storage.join(name.path())).unwrap();
+    assert_eq!(check(&repository, &[]).0, Some(1));
+    let (code, report) = check(&repository, &["--path", "/b"]);
+    assert_eq!((code, &report["problems"][0]["path"]), (Some(1), &"/b/x/one".into()), "{report}");
+    objects(&["--path", "/a"]);
+    objects(&["--since", "before"]);
 }

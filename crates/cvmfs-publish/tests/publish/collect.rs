@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use cvmfs_publish::{IngestOptions, NewRepository, OpenOptions, Publisher, create_repository};
 use serde_json::Value;
 use testkit::Fixture;
 
@@ -180,4 +181,97 @@ fn the_collection_of_the_cpp_tools_and_ours_leave_the_same_objects() {
     };
     assert_eq!(comparable(&repository.storage), comparable(&theirs.storage));
     repository.ok("check", &["--tags"]);
+}
+
+fn sixty_days_ago() -> i64 {
+    cvmfs_publish::system_clock() - 60 * 24 * 3600
+}
+
+/// A repository whose revisions were published long ago, each with other content.
+fn old_revisions(count: u32) -> (tempfile::TempDir, Repository) {
+    let directory = tempfile::tempdir().unwrap();
+    let (storage, keys) = (directory.path().join("storage"), directory.path().join("keys"));
+    let place = storage.to_str().unwrap();
+    let new = NewRepository::new("test.example.org", place, &keys);
+    create_repository(&NewRepository {
+        garbage_collectable: true,
+        whitelist_days: 3650,
+        clock: sixty_days_ago,
+        ..new
+    })
+    .unwrap();
+    let options = OpenOptions { clock: sixty_days_ago, ..OpenOptions::default() };
+    let mut publisher = Publisher::open_with("test.example.org", place, &keys, options).unwrap();
+    for seed in 0..count {
+        let mut transaction = publisher.begin().unwrap();
+        let archive = Tar::default().file("file", &noise(60_000, seed)).file("same", b"always").finish();
+        transaction.ingest_tar(b"/base", &archive[..], &IngestOptions::default()).unwrap();
+        transaction.commit(None).unwrap();
+    }
+    drop(publisher);
+    let repository = Repository::at("test.example.org", &storage, &keys);
+    (directory, repository)
+}
+
+#[test]
+fn row_95_collecting_while_others_publish_check_and_replicate_disturbs_nobody() {
+    let (directory, repository) = old_revisions(8);
+    let replica = Repository::at("test.example.org", &directory.path().join("replica"), &repository.keys);
+    let source = repository.storage.to_str().unwrap();
+    const ROUNDS: u32 = 5;
+    let removed = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for seed in 0..ROUNDS {
+                let archive = Tar::default().file("file", &noise(60_000, 100 + seed)).finish();
+                repository.ingest("/base", &archive, &[]);
+            }
+        });
+        scope.spawn(|| {
+            for _ in 0..ROUNDS {
+                repository.ok("check", &["--tags", "--no-unreferenced"]);
+            }
+        });
+        scope.spawn(|| {
+            for _ in 0..ROUNDS {
+                replica.ok("replicate", &["--from", source]);
+            }
+        });
+        let collecting = scope.spawn(|| {
+            let reports = (0..ROUNDS).map(|_| collect(&repository, &["--keep", "0", "--unreferenced"]));
+            reports.map(|report| report["revisions_removed"].as_u64().unwrap()).sum::<u64>()
+        });
+        collecting.join().unwrap()
+    });
+    assert!(removed >= 6, "only {removed} revisions were collected");
+    assert_eq!(repository.assert_sound().revision, u64::from(1 + 8 + ROUNDS));
+    replica.ok("replicate", &["--from", source]);
+    replica.assert_sound();
+}
+
+#[test]
+fn a_replica_is_collected_with_the_public_key_alone() {
+    let (directory, repository) = old_revisions(3);
+    let replica = Repository::at("test.example.org", &directory.path().join("replica"), &repository.keys);
+    let source = repository.storage.to_str().unwrap().to_owned();
+    replica.ok("replicate", &["--from", &source, "--history"]);
+    for seed in 50..53 {
+        repository.ingest("/base", &Tar::default().file("file", &noise(60_000, seed)).finish(), &[]);
+        replica.ok("replicate", &["--from", &source]);
+    }
+    let public = repository.keys.join("test.example.org.pub");
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_cvmfs-publish"));
+    command.args(["gc", "test.example.org", "--keep", "0", "--grace", "0", "--json", "--storage"]);
+    command.arg(&replica.storage).arg("--public-key").arg(public);
+    let report: Value =
+        serde_json::from_str(&crate::support::expect_success(command.output().unwrap())).unwrap();
+    assert!(report["revisions_removed"].as_u64().unwrap() >= 4, "{report}");
+    replica.assert_sound();
+    assert_equal_trees(&repository.tree("/"), &replica.tree("/"));
+    // the source rolls back to what the replica has collected: it comes again
+    let root = repository.head().manifest.root_catalog;
+    repository.ok("rollback", &[]);
+    assert_ne!(repository.head().manifest.root_catalog, root);
+    replica.ok("replicate", &["--from", &source]);
+    replica.assert_sound();
+    assert_equal_trees(&repository.tree("/"), &replica.tree("/"));
 }

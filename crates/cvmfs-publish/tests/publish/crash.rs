@@ -44,7 +44,7 @@ fn leftovers(repository: &Repository) -> Vec<String> {
 }
 
 #[test]
-fn a_publisher_killed_at_any_moment_leaves_the_old_revision_or_the_new_one() {
+fn row_91_a_publisher_killed_at_any_moment_leaves_the_old_revision_or_the_new_one() {
     let repository = Repository::create(&[]);
     let options = ["--chunk-size", "256K:512K:1M", "--catalog", "--base"];
     let started = Instant::now();
@@ -116,7 +116,7 @@ fn holds_lock(repository: &Repository, child: &Child) -> bool {
 }
 
 #[test]
-fn a_second_publisher_is_told_who_is_at_work_and_loses_nothing() {
+fn row_94_a_second_publisher_is_told_who_is_at_work_and_loses_nothing() {
     let repository = Repository::create(&[]);
     let mut first = start(&repository, &["--base", "/first"]);
     wait_for("the lock", || holds_lock(&repository, &first));

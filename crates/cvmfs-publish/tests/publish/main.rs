@@ -4,14 +4,19 @@
 #![allow(clippy::unwrap_used)]
 
 mod bad_input;
+mod catalogs;
 mod check;
 mod collect;
 mod crash;
 mod diff;
+mod inputs;
 mod layers;
 mod model;
+mod replicate;
 mod revisions;
 mod round_trip;
+mod s3;
+mod s3_server;
 mod support;
 mod takeover;
 mod tar;

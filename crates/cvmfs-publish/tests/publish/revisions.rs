@@ -35,6 +35,22 @@ fn owned(names: &[(&str, u64)]) -> Vec<(String, u64)> {
 }
 
 #[test]
+fn the_description_of_a_tag_can_be_changed() {
+    let repository = Repository::create(&[]);
+    repository.ok_tag("add", "v1");
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_cvmfs-publish"));
+    command.args(["tag", "annotate", &repository.fqrn, "v1", "--description", "the first one", "--storage"]);
+    command.arg(&repository.storage).arg("--keys").arg(&repository.keys);
+    crate::support::expect_success(command.output().unwrap());
+    let info: Value = serde_json::from_str(&repository.ok("info", &["--json"])).unwrap();
+    let tags = info["tags"].as_array().unwrap();
+    let tag = tags.iter().find(|tag| tag["name"] == "v1").unwrap();
+    assert_eq!((&tag["description"], &tag["revision"]), (&"the first one".into(), &1.into()));
+    assert_eq!(info["revision"], 1);
+    repository.assert_sound();
+}
+
+#[test]
 fn tags_are_added_listed_and_removed_without_a_new_revision() {
     let repository = Repository::create(&[]);
     repository.ingest("x", &Tar::default().file("f", b"1").finish(), &["--tag", "one"]);
@@ -78,12 +94,38 @@ fn a_rollback_publishes_the_old_tree_as_a_new_revision() {
     repository.assert_sound();
 }
 
+#[test]
+fn row_99_a_rollback_to_a_revision_that_lost_objects_is_refused_with_a_list() {
+    let repository = Repository::create(&[]);
+    for seed in 1..4 {
+        let archive =
+            Tar::default().file("f", &crate::round_trip::noise(5000, seed)).file("same", b"s").finish();
+        repository.ingest("/d", &archive, &["--catalog", "--tag", &format!("v{seed}")]);
+    }
+    let hash = {
+        let info: Value = serde_json::from_str(&repository.ok("info", &["--json"])).unwrap();
+        let tag = info["tags"].as_array().unwrap().iter().find(|tag| tag["name"] == "v1").unwrap().clone();
+        let root = repository.catalog(tag["root_hash"].as_str().unwrap().parse().unwrap());
+        let nested = repository.catalog(root.nested_at(b"/d").unwrap().unwrap().hash);
+        nested.lookup(cvmfs_format::PathHash::of(b"/d/f")).unwrap().unwrap().hash.unwrap()
+    };
+    let object = cvmfs_format::ObjectName::new(hash, cvmfs_format::ObjectKind::File).path();
+    std::fs::remove_file(repository.storage.join(&object)).unwrap();
+    let before = repository.head().manifest;
+    let output = repository.run("rollback", &["--tag", "v1"], b"");
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("/d/f: the object is missing") && message.contains(&object), "{message}");
+    assert_eq!(repository.head().manifest, before);
+    repository.ok("rollback", &["--tag", "v2"]);
+}
+
 fn sixty_days_ago() -> i64 {
     system_clock() - 60 * 24 * 3600
 }
 
 #[test]
-fn an_expired_whitelist_stops_publishing_until_it_is_renewed() {
+fn row_97_an_expired_whitelist_stops_publishing_until_it_is_renewed() {
     let directory = tempfile::tempdir().unwrap();
     let (storage, keys) = (directory.path().join("storage"), directory.path().join("keys"));
     let new = NewRepository::new("test.example.org", storage.to_str().unwrap(), &keys);
@@ -104,6 +146,40 @@ fn an_expired_whitelist_stops_publishing_until_it_is_renewed() {
     assert!(output.status.success() && message.contains("expires on"), "no warning of the expiry: {message}");
     repository.assert_sound();
     assert!(!repository.oracle_tree("/x").is_empty());
+}
+
+fn whitelist_expiry(repository: &Repository) -> i64 {
+    let info: Value = serde_json::from_str(&repository.ok("info", &["--json"])).unwrap();
+    info["whitelist_expires"].as_i64().unwrap()
+}
+
+#[test]
+fn a_whitelist_is_renewed_when_little_is_left_and_by_the_daemon_without_being_asked() {
+    let repository = Repository::create(&["--whitelist-days", "20"]);
+    let before = repository.raw(".cvmfswhitelist");
+    assert!(repository.ok("resign", &["--when-left", "7d"]).contains("still valid until"));
+    assert_eq!(repository.raw(".cvmfswhitelist"), before);
+    repository.ok("resign", &["--when-left", "21d", "--days", "5"]);
+    assert!(whitelist_expiry(&repository) < system_clock() + 6 * 24 * 3600);
+
+    let options = ["--daemon", "--days", "40", "--when-left", "6d", "--interval", "1s", "--json"];
+    let mut daemon = repository.command("resign", &options).stdout(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(daemon.stdout.take().unwrap());
+    let mut line = String::new();
+    said.read_line(&mut line).unwrap();
+    let first: Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(first["renewed"], true);
+    assert!(whitelist_expiry(&repository) > system_clock() + 38 * 24 * 3600);
+    // somebody shortens it: the daemon renews it again
+    repository.ok("resign", &["--days", "2"]);
+    line.clear();
+    said.read_line(&mut line).unwrap();
+    assert!(line.contains(r#""renewed":true"#), "{line}");
+    assert!(whitelist_expiry(&repository) > system_clock() + 38 * 24 * 3600);
+    rustix::process::kill_process(rustix::process::Pid::from_child(&daemon), rustix::process::Signal::TERM)
+        .unwrap();
+    assert!(daemon.wait().unwrap().success());
+    repository.assert_sound();
 }
 
 #[test]

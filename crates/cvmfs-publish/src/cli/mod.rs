@@ -1,5 +1,7 @@
 //! The command line, declared.
 
+mod inputs;
+
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -7,7 +9,10 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use cvmfs_format::chunking::ChunkSizes;
 use cvmfs_format::{Compression, Deflate, HashAlgorithm};
-use cvmfs_publish::{Owner, SpecialFiles, Whiteouts};
+use cvmfs_publish::{Owner, SpecialFiles, Whiteouts, XdirHardLinks};
+
+use inputs::Inputs;
+pub(crate) use inputs::{Input, Source};
 
 /// Publishes CernVM-FS repositories: makes them, fills them from tar archives and directories, checks and serves them.
 ///
@@ -48,7 +53,7 @@ pub(crate) enum Verb {
     Mkfs(Mkfs),
     /// Publish tar archives, directories and deletions as one new revision
     Ingest(Ingest),
-    /// List, add and remove names of revisions
+    /// List, add, annotate and remove names of revisions
     #[command(subcommand)]
     Tag(TagVerb),
     /// Publish an older revision anew
@@ -63,6 +68,8 @@ pub(crate) enum Verb {
     Info(Reading),
     /// Verify a whole repository: signatures, every catalog, every object
     Check(Check),
+    /// Make a copy of a repository in another storage, or bring it up to date (stratum 1)
+    Replicate(Replicate),
     /// Serve a directory over HTTP for trials (no TLS; first line on standard output: its address; access log as JSON lines on standard error)
     Serve(Serve),
 }
@@ -72,7 +79,7 @@ pub(crate) enum Verb {
 pub(crate) struct Place {
     /// Fully qualified repository name, such as example.cern.ch
     pub(crate) fqrn: String,
-    /// Storage: a directory (s3://BUCKET/PREFIX is not available in this version)
+    /// Storage: a directory, or s3://BUCKET/PREFIX with endpoint and keys from AWS_* variables; to read, also a web server's URL
     #[arg(long, value_name = "STORAGE")]
     pub(crate) storage: String,
 }
@@ -106,16 +113,9 @@ pub(crate) struct Mkfs {
 pub(crate) struct Ingest {
     #[command(flatten)]
     pub(crate) repository: Writing,
-    /// Directory in the repository to publish below; made with its parents if missing, otherwise merged
-    #[arg(long, value_name = "PATH", required_unless_present = "delete")]
-    pub(crate) base: Option<OsString>,
-    /// Archive to publish, plain, gzip or zstd; - for standard input
-    #[arg(long, value_name = "FILE", conflicts_with = "tree", requires = "base")]
-    pub(crate) tar: Option<PathBuf>,
-    /// Local directory whose content to publish
-    #[arg(long, value_name = "DIR", requires = "base")]
-    pub(crate) tree: Option<PathBuf>,
-    /// Make the base directory a nested catalog
+    #[command(flatten)]
+    pub(crate) inputs: Inputs,
+    /// Make each base directory a nested catalog
     #[arg(long, requires = "base")]
     pub(crate) catalog: bool,
     /// Container whiteouts (.wh.NAME, .wh..wh..opq): overlay stores them as overlayfs reads them, keep as plain files
@@ -124,18 +124,28 @@ pub(crate) struct Ingest {
     /// Owner of everything: keep (numeric, as in the input) or UID:GID
     #[arg(long, default_value = "keep", value_name = "keep|UID:GID", value_parser = parse_owner)]
     pub(crate) owner: Owner,
-    /// Publish extended attributes (names and values up to 255 bytes)
+    /// Publish extended attributes (names and values up to 255 bytes) [default: as server.conf says, else not]
     #[arg(long)]
     pub(crate) xattrs: bool,
-    /// Devices, fifos and sockets: keep or skip
-    #[arg(long, default_value = "keep", value_name = "keep|skip")]
-    pub(crate) special_files: SpecialFilesArg,
+    /// Devices, fifos and sockets: keep or skip [default: as server.conf says, else keep]
+    #[arg(long, value_name = "keep|skip")]
+    pub(crate) special_files: Option<SpecialFilesArg>,
+    /// Hard links of files in different directories: split makes them independent, refuse ends the publish [default: as
+    /// server.conf says, else split]
+    #[arg(long, value_name = "split|refuse")]
+    pub(crate) xdir_hardlinks: Option<XdirHardLinksArg>,
+    /// Settings of the C++ server tools to follow [default: /etc/cvmfs/repositories.d/FQRN/server.conf if it is there]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) server_conf: Option<PathBuf>,
     /// Chunk sizes of large files in bytes, K or M [default: the repository's, 4M:8M:16M]
     #[arg(long, value_name = "MIN:AVG:MAX", value_parser = parse_chunk_sizes)]
     pub(crate) chunk_size: Option<ChunkSizes>,
     /// Deflate: stock gives the object names of the C++ tools, fast is 3 times faster [default: the repository's]
     #[arg(long, value_name = "stock|fast")]
     pub(crate) deflate: Option<Deflate>,
+    /// Divide catalogs with more entries than this along their directories; 0 never does [default: as server.conf says, else 100000]
+    #[arg(long, value_name = "COUNT")]
+    pub(crate) catalog_entries: Option<u64>,
     /// Name the new revision in the history
     #[arg(long, value_name = "NAME", value_parser = parse_tag)]
     pub(crate) tag: Option<String>,
@@ -155,6 +165,21 @@ impl From<WhiteoutsArg> for Whiteouts {
         match value {
             WhiteoutsArg::Overlay => Whiteouts::Overlay,
             WhiteoutsArg::Keep => Whiteouts::Keep,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum XdirHardLinksArg {
+    Split,
+    Refuse,
+}
+
+impl From<XdirHardLinksArg> for XdirHardLinks {
+    fn from(value: XdirHardLinksArg) -> XdirHardLinks {
+        match value {
+            XdirHardLinksArg::Split => XdirHardLinks::Split,
+            XdirHardLinksArg::Refuse => XdirHardLinks::Refuse,
         }
     }
 }
@@ -215,6 +240,16 @@ pub(crate) enum TagVerb {
         #[arg(long, default_value = "", value_name = "TEXT")]
         description: String,
     },
+    /// Change the description of a tag
+    Annotate {
+        #[command(flatten)]
+        repository: Writing,
+        /// Name of the tag
+        name: String,
+        /// What it stands for
+        #[arg(long, value_name = "TEXT")]
+        description: String,
+    },
     /// Remove a tag; its revision goes with the next garbage collection
     Remove {
         #[command(flatten)]
@@ -250,7 +285,10 @@ pub(crate) struct Diff {
 #[derive(Debug, Args)]
 pub(crate) struct Gc {
     #[command(flatten)]
-    pub(crate) repository: Writing,
+    pub(crate) repository: Reading,
+    /// Seconds to wait for a publisher or a replication to finish
+    #[arg(long, default_value_t = cvmfs_publish::DEFAULT_LOCK_WAIT.as_secs(), value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(0..=86400))]
+    pub(crate) lock_wait: u64,
     /// Keep this many revisions before the current one
     #[arg(long, value_name = "COUNT")]
     pub(crate) keep: Option<u64>,
@@ -288,6 +326,38 @@ pub(crate) struct Resign {
     /// Days for which the new whitelist is valid
     #[arg(long, default_value_t = cvmfs_publish::DEFAULT_WHITELIST_DAYS, value_name = "DAYS", value_parser = clap::value_parser!(u32).range(1..=36500))]
     pub(crate) days: u32,
+    /// Only if less than this is left of the present one [default: renew in any case; with --daemon a third of --days]
+    #[arg(long, value_name = "AGE", value_parser = parse_age)]
+    pub(crate) when_left: Option<Duration>,
+    /// Stay, and renew whenever it is time; ends with SIGTERM
+    #[arg(long)]
+    pub(crate) daemon: bool,
+    /// How often the daemon looks
+    #[arg(long, default_value = "1h", value_name = "AGE", value_parser = parse_age, requires = "daemon")]
+    pub(crate) interval: Duration,
+}
+
+/// Copies the current revision, the tagged ones and, after the first time, those published in between. Verifies every
+/// object. Goes on where it was interrupted; the replica keeps its old revision until the new one is complete.
+#[derive(Debug, Args)]
+pub(crate) struct Replicate {
+    #[command(flatten)]
+    pub(crate) repository: Reading,
+    /// Where the repository is: the URL of a web server, a directory, or s3://BUCKET/PREFIX
+    #[arg(long, value_name = "SOURCE")]
+    pub(crate) from: String,
+    /// Copy all revisions that the source still has
+    #[arg(long)]
+    pub(crate) history: bool,
+    /// Look for every object, also below catalogs that the replica has already
+    #[arg(long)]
+    pub(crate) complete: bool,
+    /// Objects fetched at the same time
+    #[arg(long, value_name = "COUNT", default_value_t = cvmfs_publish::replicate::DEFAULT_PARALLEL, value_parser = parse_parallel)]
+    pub(crate) parallel: usize,
+    /// Seconds to wait for another replication or collection to finish
+    #[arg(long, default_value_t = cvmfs_publish::DEFAULT_LOCK_WAIT.as_secs(), value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(0..=86400))]
+    pub(crate) lock_wait: u64,
 }
 
 #[derive(Debug, Args)]
@@ -297,6 +367,12 @@ pub(crate) struct Check {
     /// Check all tagged revisions, too
     #[arg(long)]
     pub(crate) tags: bool,
+    /// Check only this entry and what is below it
+    #[arg(long, value_name = "PATH", conflicts_with = "tags")]
+    pub(crate) path: Option<OsString>,
+    /// Check only what changed since this revision: a tag, a number that a tag has, or the hash of a root catalog
+    #[arg(long, value_name = "REVISION")]
+    pub(crate) since: Option<String>,
     /// Only look whether objects are there, do not read them
     #[arg(long)]
     pub(crate) no_contents: bool,
@@ -372,6 +448,10 @@ fn parse_since(text: &str) -> Result<Since, String> {
         .map_err(|_| "expected a Unix time, YYYY-MM-DDTHH:MM:SSZ, or an age such as 30d".to_owned())
 }
 
+fn parse_parallel(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|count| (1..=256).contains(count)).ok_or_else(|| "expected 1 to 256".to_owned())
+}
+
 fn parse_chunk_sizes(text: &str) -> Result<ChunkSizes, String> {
     cvmfs_publish::settings::parse_chunk_sizes(text).map_err(|error| error.to_string())
 }
@@ -422,7 +502,7 @@ mod tests {
         let parse = |line: &str| Cli::try_parse_from(line.split(' '));
         assert!(parse("cvmfs-publish ingest f --storage s --keys k").is_err());
         assert!(parse("cvmfs-publish ingest f --storage s --keys k --tar -").is_err());
-        assert!(parse("cvmfs-publish ingest f --storage s --keys k --base b --tar - --tree t").is_err());
+        assert!(parse("cvmfs-publish ingest f --storage s --keys k --base b").is_err());
         parse("cvmfs-publish ingest f --storage s --keys k --delete a b").unwrap();
         parse("cvmfs-publish ingest f --storage s --keys k --base b --tar - --catalog --json").unwrap();
     }
