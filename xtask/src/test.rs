@@ -56,6 +56,8 @@ struct Failures {
     passed: BTreeSet<String>,
     /// The options that select the test programs with failures, as cargo names them.
     targets: BTreeSet<Vec<String>>,
+    /// A test program ended in another way than by its verdict: it was killed, and says nothing of what failed.
+    is_incomplete: bool,
 }
 
 impl Failures {
@@ -68,6 +70,7 @@ impl Failures {
             };
         }
         self.targets.extend(failed_target(line));
+        self.is_incomplete |= line.trim_start().starts_with("process didn't exit successfully: `");
     }
 }
 
@@ -125,7 +128,7 @@ pub fn run(quick: bool) -> Result<()> {
 /// work of everybody else.
 fn again(rows: &mut Rows, failures: &Failures) -> Result<u64> {
     let count = failures.names.len();
-    if count == 0 || count > MOST_UNSTEADY || failures.targets.is_empty() {
+    if count == 0 || count > MOST_UNSTEADY || failures.targets.is_empty() || failures.is_incomplete {
         return Ok(0);
     }
     let mut arguments = vec!["test", "--workspace", "--no-fail-fast"];
@@ -253,6 +256,10 @@ mod tests {
         }
         assert_eq!(failures.passed.iter().collect::<Vec<_>>(), ["one_that_holds"]);
         assert_eq!(failures.names.iter().collect::<Vec<_>>(), ["tests::one_that_does_not"]);
+        assert!(!failures.is_incomplete);
+        let killed = "  process didn't exit successfully: `target/debug/deps/x-1` (signal: 9, SIGKILL: kill)";
+        failures.note(killed);
+        assert!(failures.is_incomplete);
         let targets: Vec<String> = failures.targets.iter().map(|target| target.join(" ")).collect();
         assert_eq!(targets, ["--bin xtask", "--lib", "--test network_setup"]);
     }

@@ -47,11 +47,7 @@ fn every_odd_archive_is_what_gnu_tar_makes_of_it_or_refused_by_name() {
     let fixture = Fixture::unpack("ingest-corner").unwrap();
     let archives = fixture.root().join("tarballs");
     // what GNU tar leaves out with a warning is refused here: nothing of it is published
-    let refused = BTreeMap::from([
-        ("dotdot", ".."),
-        ("hardlink_missing", "nonexistent"),
-        ("symlink_parent", "not a directory"),
-    ]);
+    let refused = BTreeMap::from([("dotdot", ".."), ("hardlink_missing", "nonexistent")]);
     let repository = Repository::create(&[]);
     let mut count = 0;
     let mut names: Vec<String> = std::fs::read_dir(&archives)

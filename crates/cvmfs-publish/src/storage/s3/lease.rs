@@ -20,6 +20,7 @@ use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, UpdateVersi
 use super::super::{StorageError, StorageLock};
 use super::connection::Connection;
 use super::{MUTABLE, at, attributes};
+use crate::error::chain;
 
 /// How often the holder shows that it is alive.
 const RENEWAL: Duration = Duration::from_secs(8);
@@ -291,13 +292,12 @@ fn require_conditional_writes(
 }
 
 fn refused(connection: &Connection, error: &object_store::Error) -> StorageError {
-    StorageError::NoConditionalWrites { location: connection.store.to_string(), reason: super::causes(error) }
+    StorageError::NoConditionalWrites { location: connection.store.to_string(), reason: chain(error) }
 }
 
 /// Stores without conditional writes either ignore the headers or say 501 `NotImplemented`.
 fn is_not_implemented(error: &object_store::Error) -> bool {
-    matches!(error, object_store::Error::NotImplemented { .. })
-        || super::causes(error).contains("NotImplemented")
+    matches!(error, object_store::Error::NotImplemented { .. }) || chain(error).contains("NotImplemented")
 }
 
 #[cfg(test)]

@@ -33,6 +33,7 @@ use super::remote::{self, Pieces};
 use super::{
     MANIFEST, Put, Storage, StorageError, StorageLock, StoredObject, read_bounded, temporary_directory,
 };
+use crate::error::chain;
 use connection::{Connection, Location};
 use lease::{Held, Lease};
 
@@ -421,7 +422,7 @@ fn at(action: &'static str, path: &Path) -> impl FnOnce(object_store::Error) -> 
     let path = path.to_string();
     move |error| match error {
         object_store::Error::NotFound { .. } => {
-            StorageError::Io { action, path, source: io::Error::new(io::ErrorKind::NotFound, causes(&error)) }
+            StorageError::Io { action, path, source: io::Error::new(io::ErrorKind::NotFound, chain(&error)) }
         }
         error => StorageError::Remote { action, path, source: Box::new(error) },
     }
@@ -430,19 +431,4 @@ fn at(action: &'static str, path: &Path) -> impl FnOnce(object_store::Error) -> 
 fn broken(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StorageError {
     let path = path.to_string();
     move |source| StorageError::Io { action, path, source }
-}
-
-/// An error with its causes, each said once: the crate repeats some.
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let said = error.to_string();
-        if !text.contains(&said) {
-            text.push_str(": ");
-            text.push_str(&said);
-        }
-        cause = error.source();
-    }
-    text
 }
