@@ -29,6 +29,16 @@ fn read(mountpoint: &Path, file: &str) -> std::io::Result<Vec<u8>> {
     std::fs::read(mountpoint.join(file))
 }
 
+/// Asserts that the file can be read again within half a minute.
+#[track_caller]
+fn assert_comes_back(mountpoint: &Path, file: &str) {
+    let begun = Instant::now();
+    while let Err(error) = read(mountpoint, file) {
+        assert!(begun.elapsed() < Duration::from_secs(30), "{error}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
 #[test]
 fn row_06_a_reader_gets_an_error_in_time_when_the_server_never_answers_and_status_answers_meanwhile() {
     let fixture = Fixture::unpack("basic-sha1").unwrap();
@@ -54,11 +64,7 @@ fn row_06_a_reader_gets_an_error_in_time_when_the_server_never_answers_and_statu
     assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
     // The server is well again, and so is the file.
     origin.clear_faults();
-    let begun = Instant::now();
-    while let Err(error) = read(mount.path(), &cold) {
-        assert!(begun.elapsed() < Duration::from_secs(30), "{error}");
-        std::thread::sleep(Duration::from_millis(100));
-    }
+    assert_comes_back(mount.path(), &cold);
 }
 
 #[test]
@@ -83,11 +89,7 @@ fn row_21_cached_files_stay_readable_without_a_network_and_the_others_come_back_
         "{status}"
     );
     let _origin = Origin::serve_at(&fixture.storage, address).unwrap();
-    let begun = Instant::now();
-    while let Err(error) = read(mount.path(), &cold) {
-        assert!(begun.elapsed() < Duration::from_secs(30), "{error}");
-        std::thread::sleep(Duration::from_millis(100));
-    }
+    assert_comes_back(mount.path(), &cold);
 }
 
 #[test]
