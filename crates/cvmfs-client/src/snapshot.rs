@@ -98,6 +98,9 @@ impl AttachedCatalog {
     }
 }
 
+/// The rows of a directory and the catalog that has them.
+pub type DirectoryRows = (Arc<AttachedCatalog>, Vec<Entry>);
+
 /// What a snapshot is pinned to: enough to attach it again without a server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pin {
@@ -275,15 +278,27 @@ impl Snapshot {
     ///
     /// # Errors
     /// If the catalog that holds the directory's children cannot be loaded.
-    pub fn list(
-        &self,
-        directory: &Located,
-        deadline: Deadline,
-    ) -> Result<(Arc<AttachedCatalog>, Vec<Entry>), ClientError> {
+    pub fn list(&self, directory: &Located, deadline: Deadline) -> Result<DirectoryRows, ClientError> {
         let catalog = self.children_catalog(directory, deadline)?;
         let parent = PathHash::of(&directory.path);
         let entries = self.with_catalog(&catalog, deadline, |rows| Ok(rows.list(parent)?))?;
         Ok((catalog, entries))
+    }
+
+    /// What [`Snapshot::list`] gives, or nothing if the directory has more than `most` entries.
+    ///
+    /// # Errors
+    /// As [`Snapshot::list`].
+    pub fn list_up_to(
+        &self,
+        directory: &Located,
+        most: usize,
+        deadline: Deadline,
+    ) -> Result<Option<DirectoryRows>, ClientError> {
+        let catalog = self.children_catalog(directory, deadline)?;
+        let parent = PathHash::of(&directory.path);
+        let entries = self.with_catalog(&catalog, deadline, |rows| Ok(rows.list_up_to(parent, most)?))?;
+        Ok(entries.map(|entries| (catalog, entries)))
     }
 
     /// Resolves an absolute path from the root. The empty path and `/` are the root directory.

@@ -217,6 +217,11 @@ impl Content {
         }
     }
 
+    /// Begins to fetch a file that is no more than one object; false if it is in the cache.
+    pub(crate) fn fetch_ahead(&self, node: &Node) -> bool {
+        asked(node, &Reader::default()).is_some_and(|asked| self.store.fetch_ahead(&asked))
+    }
+
     /// Returns whether this was the node's last open: its content is let go then.
     pub(crate) fn release(&self, node: u64, handle: u64) -> bool {
         let is_last = self.handles.release(handle);

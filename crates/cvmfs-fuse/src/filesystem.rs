@@ -13,11 +13,13 @@ use cvmfs_client::network::OnBehalf;
 use cvmfs_format::catalog::EntryKind;
 
 use crate::content::{Content, ContentError, Opened, Reader};
+use crate::files_ahead::FilesAhead;
 use crate::handles::Mode;
 use crate::in_flight::InFlight;
 use crate::invalidation::Invalidation;
 use crate::magic;
 use crate::nodes::Node;
+use crate::profile::Profile;
 use crate::protocol::attributes::{Attributes, Lifetime};
 use crate::protocol::handshake::Agreement;
 use crate::protocol::reply::{Channel, Entries, Reply, Sent, Statfs, open_flag};
@@ -47,6 +49,7 @@ pub(crate) struct Mount {
     pub(crate) invalidation: Invalidation,
     pub(crate) channel: Arc<Channel>,
     pub(crate) slow: SlowLane,
+    ahead: FilesAhead,
     /// Whether a thread that reads the device gave up.
     pub(crate) is_ending: AtomicBool,
     statfs: Mutex<Option<(Instant, Statfs)>>,
@@ -61,7 +64,12 @@ impl Mount {
         state: Arc<SharedState>,
         channel: Arc<Channel>,
     ) -> Mount {
+        // What is fetched ahead is fetched in nobody's name.
+        let repository = view.repository();
+        let is_open =
+            !repository.store().fetcher().tells_readers() && repository.snapshot().requirement().is_none();
         Mount {
+            ahead: FilesAhead::new(if is_open { settings.files_ahead } else { 0 }),
             view,
             content,
             statistics: Statistics::new(settings.instrument),
@@ -140,7 +148,7 @@ impl Mount {
         }
         match self.content.open_at_once(node, reply.unique()) {
             Some(outcome) => {
-                self.answer_open(node, outcome, reply);
+                self.answer_open(node, outcome, false, reply);
                 Ok(())
             }
             None => Err(reply),
@@ -157,7 +165,8 @@ impl Mount {
         match self.view.check_usable().and_then(|()| self.view.node(id, metadata)) {
             Ok(node) => {
                 let _reading = self.reading(caller, &node);
-                self.answer_open(&node, self.content.open(&node, reply.unique(), &reader, patience), reply);
+                let outcome = self.content.open(&node, reply.unique(), &reader, patience);
+                self.answer_open(&node, outcome, true, reply);
             }
             Err(error) => reply.error(self.failed("open", id, None, &error)),
         }
@@ -169,7 +178,13 @@ impl Mount {
         tells.then(|| OnBehalf::of(caller, String::from_utf8_lossy(&node.located.path).into_owned()))
     }
 
-    fn answer_open(&self, node: &Arc<Node>, outcome: Result<Opened, ContentError>, reply: Reply) {
+    fn answer_open(
+        &self,
+        node: &Arc<Node>,
+        outcome: Result<Opened, ContentError>,
+        missed: bool,
+        reply: Reply,
+    ) {
         let opened = match outcome {
             Ok(opened) => opened,
             Err(error) => return reply.error(self.content_failed(node, &error)),
@@ -182,7 +197,10 @@ impl Mount {
             Mode::Plain => (open_flag::KEEP_CACHE | open_flag::NO_FLUSH, 0),
         };
         match reply.opened(opened.handle, flags, backing) {
-            Sent::Taken => self.statistics.count_opened_file(),
+            Sent::Taken => {
+                self.statistics.count_opened_file();
+                self.ahead.opened(&self.view, &self.content, node, missed);
+            }
             // The caller has gone; the kernel will not release what it was not given.
             Sent::NotTaken => self.release(node.id, opened.handle),
         }
@@ -204,7 +222,10 @@ impl Mount {
     ) -> Result<(), Reply> {
         with_buffer(size.min(MAX_READ) as usize, |buffer| {
             match self.content.read_at_once(node, offset, buffer) {
-                Some(Ok(length)) => reply.data(buffer.get(..length).unwrap_or_default()),
+                Some(Ok(length)) => {
+                    reply.data(buffer.get(..length).unwrap_or_default());
+                    self.read_from(node, offset, false);
+                }
                 Some(Err(error)) => reply.error(self.content_failed(node, &error)),
                 None => return Err(reply),
             }
@@ -219,10 +240,20 @@ impl Mount {
         };
         with_buffer(size.min(MAX_READ) as usize, |buffer| {
             match self.content.read(&node, offset, buffer, patience) {
-                Ok(length) => reply.data(buffer.get(..length).unwrap_or_default()),
+                Ok(length) => {
+                    reply.data(buffer.get(..length).unwrap_or_default());
+                    self.read_from(&node, offset, true);
+                }
                 Err(error) => reply.error(self.content_failed(&node, &error)),
             }
         });
+    }
+
+    /// A file was read that the kernel may have opened by itself.
+    fn read_from(&self, node: &Node, offset: u64, missed: bool) {
+        if offset == 0 && self.content.chosen().profile == Profile::NoOpen {
+            self.ahead.opened(&self.view, &self.content, node, missed);
+        }
     }
 
     pub(crate) fn opendir(&self, caller: Caller, deadline: Deadline, reply: Reply) {

@@ -20,6 +20,7 @@ mod content;
 pub mod control;
 mod dispatch;
 mod failures;
+mod files_ahead;
 mod filesystem;
 mod handles;
 mod in_flight;

@@ -2,14 +2,14 @@
 //! through the layer view if it is on. Knows no FUSE replies.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cvmfs_client::deadline::Deadline;
 use cvmfs_client::error::ClientError;
 use cvmfs_client::repository::Repository;
-use cvmfs_client::snapshot::{AttachedCatalog, Located, Snapshot, join};
+use cvmfs_client::snapshot::{AttachedCatalog, DirectoryRows, Located, Snapshot, join};
 use cvmfs_format::catalog::{Entry, EntryKind};
 use cvmfs_format::{ContentHash, PathHash};
 
@@ -21,6 +21,13 @@ use crate::shared_state::SharedState;
 
 /// Entries of recently read directories that are kept between READDIR requests, all together.
 const MAX_LISTED: usize = 1 << 16;
+
+/// Look-ups in a directory after which it is read as a whole, and then whenever they have doubled.
+const FIRST_COUNT: u32 = 4;
+/// Rows that are read for each of these look-ups: about what they cost together.
+const ROWS_PER_LOOKUP: u32 = 32;
+/// Directories whose look-ups are counted.
+const MAX_COUNTED: usize = 1024;
 
 /// Why a request on the tree fails.
 #[derive(Debug, thiserror::Error)]
@@ -77,6 +84,10 @@ pub(crate) struct View {
     /// Catalogs that a successor was told of, by hash and mount point.
     recorded: Mutex<HashMap<ContentHash, HashSet<Box<[u8]>>>>,
     listings: Mutex<Vec<(u64, Arc<Listing>)>>,
+    /// Look-ups in directories that are not listed.
+    lookups: Mutex<HashMap<u64, u32>>,
+    /// The next directory will be read.
+    is_expecting: AtomicBool,
     changes: AtomicU64,
 }
 
@@ -97,6 +108,8 @@ impl View {
             state,
             recorded: Mutex::default(),
             listings: Mutex::default(),
+            lookups: Mutex::default(),
+            is_expecting: AtomicBool::new(false),
             changes: AtomicU64::new(0),
         }
     }
@@ -120,6 +133,7 @@ impl View {
         self.changes.fetch_add(1, Ordering::SeqCst);
         self.nodes.clear();
         self.listings.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.lookups.lock().unwrap_or_else(PoisonError::into_inner).clear();
         self.state.record_pin(&self.repository.snapshot().pinned());
     }
 
@@ -193,6 +207,9 @@ impl View {
         if self.layer_view && layer_view::marker(name) != Marker::None {
             return Ok(None);
         }
+        if let Some(node) = self.listed_child(directory, name, deadline)? {
+            return Ok(Some(node));
+        }
         let snapshot = self.repository.snapshot();
         let found = match snapshot.child(&directory.located, name, deadline)? {
             Some(located) => Some(located),
@@ -210,24 +227,85 @@ impl View {
         }
     }
 
+    /// The entry `name` of a directory whose listing is kept, or is worth to be made: one row after the other costs
+    /// several times as much. What is not in the listing may exist nevertheless: some entries are hidden.
+    fn listed_child(
+        &self,
+        directory: &Node,
+        name: &[u8],
+        deadline: Deadline,
+    ) -> Result<Option<Arc<Node>>, ViewError> {
+        let listing = match self.kept(directory.id) {
+            Some(listing) => listing,
+            None => match self.count_lookup(directory.id) {
+                None => return Ok(None),
+                Some(most) => {
+                    let (before, snapshot) = (self.changes(), self.repository.snapshot());
+                    match snapshot.list_up_to(&directory.located, most, deadline)? {
+                        None => return Ok(None),
+                        Some(rows) => self.keep_listing(directory, &snapshot, rows, before, deadline)?,
+                    }
+                }
+            },
+        };
+        let place = listing.entries.binary_search_by(|listed| (*listed.name).cmp(name)).ok();
+        let listed = place.and_then(|place| listing.entries.get(place));
+        Ok(listed.and_then(|listed| self.nodes.get(listed.attributes.inode)))
+    }
+
+    /// Counts a look-up in a directory that is not listed. Returns up to how many rows it shall be.
+    fn count_lookup(&self, directory: u64) -> Option<usize> {
+        let mut lookups = self.lookups.lock().unwrap_or_else(PoisonError::into_inner);
+        if lookups.len() >= MAX_COUNTED && !lookups.contains_key(&directory) {
+            lookups.clear();
+        }
+        let count = lookups.entry(directory).or_default();
+        *count = match *count {
+            0 if self.is_expecting.swap(false, Ordering::Relaxed) => FIRST_COUNT,
+            count => count.saturating_add(1),
+        };
+        let is_due = *count >= FIRST_COUNT && count.is_power_of_two();
+        is_due.then(|| count.saturating_mul(ROWS_PER_LOOKUP) as usize)
+    }
+
+    /// A directory was read to its end, file by file: the next one will be, too.
+    pub(crate) fn expect_reader(&self) {
+        self.is_expecting.store(true, Ordering::Relaxed);
+    }
+
+    /// The listing of a directory that was listed lately.
+    pub(crate) fn kept(&self, directory: u64) -> Option<Arc<Listing>> {
+        let known = self.listings.lock().unwrap_or_else(PoisonError::into_inner);
+        known.iter().find(|(id, _)| *id == directory).map(|(_, listing)| listing.clone())
+    }
+
     /// The entries of `directory`.
     pub(crate) fn list(&self, directory: &Node, deadline: Deadline) -> Result<Arc<Listing>, ViewError> {
         self.repository.check_usable()?;
-        let known = self.listings.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, listing)) = known.iter().find(|(id, _)| *id == directory.id) {
-            return Ok(listing.clone());
+        if let Some(listing) = self.kept(directory.id) {
+            return Ok(listing);
         }
-        drop(known);
-        let before = self.changes();
-        let snapshot = self.repository.snapshot();
-        let (catalog, rows) = snapshot.list(&directory.located, deadline)?;
+        let (before, snapshot) = (self.changes(), self.repository.snapshot());
+        let rows = snapshot.list(&directory.located, deadline)?;
+        self.keep_listing(directory, &snapshot, rows, before, deadline)
+    }
+
+    /// Makes a listing of these rows, and keeps it unless the revision has changed since `before`.
+    fn keep_listing(
+        &self,
+        directory: &Node,
+        snapshot: &Snapshot,
+        (catalog, rows): DirectoryRows,
+        before: u64,
+        deadline: Deadline,
+    ) -> Result<Arc<Listing>, ViewError> {
         self.record(directory, &catalog);
         let mut entries = Vec::with_capacity(rows.len());
         for entry in self.present_rows(rows) {
             let name = Box::from(entry.name.as_slice());
             let path = join(&directory.located.path, &entry.name).into();
             let located = Located { path, entry, catalog: catalog.clone() };
-            let attributes = self.remember(&snapshot, located, deadline)?.attributes;
+            let attributes = self.remember(snapshot, located, deadline)?.attributes;
             entries.push(Listed { name, attributes });
         }
         let listing = Arc::new(Listing { entries: entries.into(), parent: parent_id(directory) });
@@ -409,7 +487,7 @@ impl View {
 }
 
 /// The node id of the directory above.
-fn parent_id(node: &Node) -> u64 {
+pub(crate) fn parent_id(node: &Node) -> u64 {
     let path = &node.located.path;
     let above = path.iter().rposition(|byte| *byte == b'/').map_or(&path[..0], |slash| &path[..slash]);
     directory_id(PathHash::of(above))

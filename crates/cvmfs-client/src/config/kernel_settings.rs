@@ -17,6 +17,8 @@ pub struct KernelSettings {
     pub cache_symlinks: bool,
     /// Which reads the mount uses.
     pub profile: ProfileChoice,
+    /// Small files that are fetched ahead of a program that reads a directory's files in their order; 0: none.
+    pub files_ahead: usize,
     /// Owners and modes as they are shown.
     pub ownership: Ownership,
     /// Whether the kernel checks permissions.
@@ -131,6 +133,7 @@ impl KernelSettings {
             statfs_lifetime: seconds("CVMFS_STATFS_CACHE_TIMEOUT", 0)?,
             cache_symlinks: config.switch("CVMFS_CACHE_SYMLINKS", true)?,
             profile: profile(config)?,
+            files_ahead: files_ahead(config)?,
             ownership: Ownership {
                 claim: config.switch("CVMFS_CLAIM_OWNERSHIP", false)?,
                 uids: id_map(config, "CVMFS_UID_MAP")?,
@@ -167,6 +170,19 @@ fn profile(config: &Config) -> Result<ProfileChoice, ConfigError> {
         "no_open" => Ok(ProfileChoice::NoOpen),
         "plain" => Ok(ProfileChoice::Plain),
         _ => Err(config.invalid(NAME, setting, "expected auto, passthrough, no_open or plain")),
+    }
+}
+
+/// `CVMFS_FILES_AHEAD`.
+fn files_ahead(config: &Config) -> Result<usize, ConfigError> {
+    const NAME: &str = "CVMFS_FILES_AHEAD";
+    /// What a reader gets ahead unless said otherwise; several times the requests that one waits for on a long link.
+    const USUAL: i64 = 32;
+    const MOST: i64 = 256;
+    match (config.number(NAME, USUAL)?, config.get(NAME)) {
+        (number @ 0..=MOST, _) => Ok(usize::try_from(number).unwrap_or_default()),
+        (_, Some(setting)) => Err(config.invalid(NAME, setting, "expected a number from 0 (none) to 256")),
+        (_, None) => Ok(0),
     }
 }
 

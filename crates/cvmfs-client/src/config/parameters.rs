@@ -69,6 +69,7 @@ const PARAMETERS: &[(&str, Support)] = &[
     ("CVMFS_EXTERNAL_URL", Honoured),
     ("CVMFS_FAILOVER_INDEFINITELY", Honoured),
     ("CVMFS_FALLBACK_PROXY", Honoured),
+    ("CVMFS_FILES_AHEAD", Honoured),
     ("CVMFS_FOLLOW_REDIRECTS", Honoured),
     ("CVMFS_FQRN", Honoured),
     ("CVMFS_FUSE3_IDLE_THREADS", THREADS),

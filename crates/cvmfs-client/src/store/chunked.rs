@@ -17,7 +17,7 @@ use tokio::sync::Semaphore;
 use super::download::{LONGEST_DOWNLOAD, request_for};
 use super::flight::Flights;
 use super::part::{Part, Stored};
-use super::verify::Verified;
+use super::verify::InMemory;
 use super::{Asked, Context, ObjectStore, describe, stored};
 use crate::authz::{Caller, Credentials};
 use crate::cache::{CacheName, CachedFile, is_full, memory_limit};
@@ -396,14 +396,14 @@ impl ChunkedHandle {
         let asked = self.asked(place);
         let (name, wanted) = (asked.name, asked.wanted());
         // The semaphore is never closed. A chunk larger than all of it takes all of it.
-        let units =
-            u32::try_from(place.size.div_ceil(UNIT)).unwrap_or(u32::MAX).min(self.store.0.chunked.units);
+        let bytes = place.size.saturating_add(wanted.max_stored());
+        let units = u32::try_from(bytes.div_ceil(UNIT)).unwrap_or(u32::MAX).min(self.store.0.chunked.units);
         let _memory = self.store.0.chunked.memory.acquire_many(units).await;
-        let mut sink = Verified::new(wanted, Vec::with_capacity(as_index(place.size)));
+        let mut sink = InMemory::new(wanted, place.size);
         let request = request_for(&asked, wanted.max_stored())?;
         let fetcher = self.store.fetcher_of(&asked)?;
         fetcher.transfer(&request, &mut sink, Deadline::after(LONGEST_DOWNLOAD)).await?;
-        let bytes = sink.into_target();
+        let bytes = sink.into_plain();
         match part.store(chunk, place.offset, &bytes).map_err(|error| stored(&name, error))? {
             Stored::Kept => Ok(None),
             Stored::NoRoom => Ok(Some(Arc::new(bytes))),

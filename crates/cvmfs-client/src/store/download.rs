@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 
 use super::flight::Driver;
-use super::verify::{Small, Verified, Wanted};
+use super::verify::{InMemory, Verified, Wanted};
 use super::{Asked, CacheName, CachedFile, ObjectResult, ObjectStore, described, hint, stored};
 use crate::cache::{Draft, Kind};
 use crate::deadline::{Deadline, Leave, Patience};
@@ -94,7 +94,7 @@ impl Job {
         if self.keep && self.store.cache().is_read_only() {
             return Err(stored(&self.wanted.name, rustix::io::Errno::ROFS.into()));
         }
-        match self.wanted.size.filter(|size| *size <= Small::LARGEST) {
+        match self.wanted.size.filter(|size| *size <= InMemory::SMALL) {
             Some(size) => self.fetch_small(size).await,
             None => self.fetch_large().await,
         }
@@ -102,7 +102,7 @@ impl Job {
 
     /// In memory first: the cache sees nothing of it before it is complete and verified.
     async fn fetch_small(&self, size: u64) -> Result<CachedFile, FetchError> {
-        let mut sink = Small::new(self.wanted, size);
+        let mut sink = InMemory::new(self.wanted, size);
         let deadline = Deadline::after(LONGEST_DOWNLOAD);
         self.fetcher.transfer(&self.request, &mut sink, deadline).await?;
         let plain = sink.into_plain();

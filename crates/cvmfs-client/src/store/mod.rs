@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use cvmfs_format::compression::Compression;
 use cvmfs_format::hash::{ObjectKind, ObjectName};
 use serde::Serialize;
+use tokio::sync::Semaphore;
 
 pub use crate::cache::{Cache, CacheName, CacheUsage, CachedFile, PinError, Pinned};
 pub use crate::network::{FetchError, Fetcher, NetworkStatus, Place};
@@ -39,6 +40,8 @@ use verify::Wanted;
 /// How long a missing or damaged object is not asked for again, so that a program that retries in a loop does not
 /// hammer the servers.
 const FAILURE_MEMORY: Duration = Duration::from_secs(2);
+/// Downloads under way at a time that nobody waits for.
+const MAX_AHEAD: usize = 6;
 /// Most failures remembered.
 const MAX_FAILURES: usize = 1024;
 
@@ -59,6 +62,8 @@ pub struct Counters {
     pub cache_misses: u64,
     /// Files evicted from the cache.
     pub evictions: u64,
+    /// Small files fetched before anybody asked for them.
+    pub fetched_ahead: u64,
     /// Objects that could not be delivered.
     pub failures: u64,
 }
@@ -153,6 +158,9 @@ struct Shared {
     pinned: Mutex<HashMap<CacheName, Pinned>>,
     hits: AtomicU64,
     misses: AtomicU64,
+    fetched_ahead: AtomicU64,
+    /// Bounds the downloads that nobody waits for, so that those with a reader find a connection.
+    ahead: Arc<Semaphore>,
     failures: AtomicU64,
 }
 
@@ -185,6 +193,8 @@ impl ObjectStore {
             pinned: Mutex::new(HashMap::new()),
             hits: AtomicU64::new(0),
             misses: AtomicU64::new(0),
+            fetched_ahead: AtomicU64::new(0),
+            ahead: Arc::new(Semaphore::new(MAX_AHEAD)),
             failures: AtomicU64::new(0),
         }))
     }
@@ -246,6 +256,26 @@ impl ObjectStore {
         let found = self.cached(asked, &asked.file())?;
         self.0.hits.fetch_add(1, Ordering::Relaxed);
         Some(found)
+    }
+
+    /// Begins to fetch the object in the background, for whoever asks for it later; false if it is in the cache. What
+    /// fails is forgotten: a reader asks anew and gets the error.
+    pub fn fetch_ahead(&self, asked: &Asked<'_>) -> bool {
+        if self.is_cached(&asked.name, asked.compression, asked.size) {
+            return false;
+        }
+        let Ok(fetcher) = self.fetcher_of(asked) else { return false };
+        self.0.fetched_ahead.fetch_add(1, Ordering::Relaxed);
+        let key = (asked.file(), asked.certain_size());
+        self.0.objects.launch(&key, fetcher, || {
+            let (work, room) = (self.download(asked, false), Arc::clone(&self.0.ahead));
+            Box::pin(async move {
+                // The semaphore is never closed.
+                let _permit = room.acquire().await;
+                work.await
+            })
+        });
+        true
     }
 
     /// The object if it is in the cache. Never waits for a server.
@@ -457,6 +487,7 @@ impl ObjectStore {
             cache_hits: self.0.hits.load(Ordering::Relaxed),
             cache_misses: self.0.misses.load(Ordering::Relaxed),
             evictions: self.0.cache.evictions(),
+            fetched_ahead: self.0.fetched_ahead.load(Ordering::Relaxed),
             failures: self.0.failures.load(Ordering::Relaxed),
         }
     }

@@ -53,21 +53,23 @@ impl Wanted {
     }
 }
 
-/// A small body in memory: verified and inflated in one go when it is complete.
-pub(super) struct Small {
+/// A body in memory: hashed while it arrives and inflated in one go when it is complete, which takes half of the time
+/// of inflating piece by piece.
+pub(super) struct InMemory {
     wanted: Wanted,
     size: u64,
+    state: Option<Hasher>,
     body: Vec<u8>,
     plain: Vec<u8>,
 }
 
-impl Small {
-    /// Largest object of which body and plain bytes are held in memory: twice this for each connection.
-    pub(super) const LARGEST: u64 = 256 * 1024;
+impl InMemory {
+    /// Largest object that is always held in memory.
+    pub(super) const SMALL: u64 = 256 * 1024;
 
-    /// For an object of `size` plain bytes.
+    /// For an object of `size` plain bytes. It takes twice as much memory, and little more.
     pub(super) fn new(wanted: Wanted, size: u64) -> Self {
-        Self { wanted, size, body: Vec::new(), plain: Vec::new() }
+        Self { wanted, size, state: None, body: Vec::new(), plain: Vec::new() }
     }
 
     /// The plain bytes; only valid after [`Sink::finish`] succeeded.
@@ -76,25 +78,36 @@ impl Small {
     }
 }
 
-impl Sink for Small {
+impl Sink for InMemory {
     fn begin(&mut self) -> Result<(), SinkError> {
         self.body.clear();
+        self.state = Some(Hasher::new(self.wanted.name.hash.algorithm));
         Ok(())
     }
 
     fn write(&mut self, piece: &[u8]) -> Result<(), SinkError> {
+        if let Some(hasher) = &mut self.state {
+            hasher.update(piece);
+        }
         self.body.extend_from_slice(piece);
         Ok(())
     }
 
     fn finish(&mut self) -> Result<(), SinkError> {
-        let expected = self.wanted.name.hash;
-        let found = ContentHash::of(expected.algorithm, &self.body);
-        check_hash(found, expected)?;
-        self.plain = inflate_known(self.wanted.compression, &self.body, self.size)
-            .map_err(|error| SinkError::Corrupt(error.to_string()))?;
+        let hasher = self.state.take().ok_or_else(|| corrupt("body without a beginning"))?;
+        check_hash(hasher.finish(), self.wanted.name.hash)?;
+        let body = std::mem::take(&mut self.body);
+        self.plain = match self.wanted.compression {
+            Compression::None => body,
+            packed => inflate_known(packed, &body, self.size)
+                .map_err(|error| SinkError::Corrupt(error.to_string()))?,
+        };
         check_size(self.plain.len() as u64, Some(self.size))
     }
+}
+
+fn corrupt(reason: &str) -> SinkError {
+    SinkError::Corrupt(reason.to_owned())
 }
 
 fn check_hash(found: ContentHash, expected: ContentHash) -> Result<(), SinkError> {
@@ -126,13 +139,6 @@ impl Target for Txn {
     }
 }
 
-impl Target for Vec<u8> {
-    fn restart(&mut self) -> io::Result<()> {
-        self.clear();
-        Ok(())
-    }
-}
-
 /// Verifies a body against the name of its object while inflating it into a target.
 pub(super) struct Verified<T> {
     wanted: Wanted,
@@ -161,7 +167,7 @@ impl<T: Target> Sink for Verified<T> {
 
     fn write(&mut self, piece: &[u8]) -> Result<(), SinkError> {
         let Some((hasher, inflater)) = &mut self.state else {
-            return Err(SinkError::Corrupt("body without a beginning".to_owned()));
+            return Err(corrupt("body without a beginning"));
         };
         hasher.update(piece);
         inflater.write(piece, &mut self.target).map_err(|error| match error {
@@ -172,7 +178,7 @@ impl<T: Target> Sink for Verified<T> {
 
     fn finish(&mut self) -> Result<(), SinkError> {
         let Some((hasher, inflater)) = self.state.take() else {
-            return Err(SinkError::Corrupt("body without a beginning".to_owned()));
+            return Err(corrupt("body without a beginning"));
         };
         check_hash(hasher.finish(), self.wanted.name.hash)?;
         let plain = inflater.finish().map_err(|error| SinkError::Corrupt(error.to_string()))?;

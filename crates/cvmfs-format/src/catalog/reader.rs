@@ -119,6 +119,22 @@ impl Catalog {
         Ok(entries)
     }
 
+    /// The same, or nothing if the directory has more than `most` rows. No more than those are read.
+    pub fn list_up_to(&self, parent: PathHash, most: usize) -> Result<Option<Vec<Entry>>> {
+        let mut statement = self.connection.prepare_cached(&self.sql.list).doing(READING)?;
+        let mut rows = statement.query((parent.part1, parent.part2)).doing(READING)?;
+        let mut entries = Vec::new();
+        while let Some(row) = rows.next().doing(READING)? {
+            if entries.len() == most {
+                return Ok(None);
+            }
+            entries.push(rows::decode(row)?);
+        }
+        entries.retain(|entry: &Entry| !entry.is_hidden() && entry.has_valid_name());
+        entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        Ok(Some(entries))
+    }
+
     /// All rows with this parent, sorted by name, with the hidden and the unusable ones.
     pub fn list_all(&self, parent: PathHash) -> Result<Vec<Entry>> {
         let mut entries = self.many(&self.sql.list, (parent.part1, parent.part2))?;

@@ -203,6 +203,7 @@ impl Context {
             bytes_fetched: traffic.bytes_fetched,
             cache_hits: traffic.cache_hits,
             cache_misses: traffic.cache_misses,
+            fetched_ahead: traffic.fetched_ahead,
             passthrough: chosen.profile == Profile::Passthrough,
             errors,
             mode: chosen.profile.name().into(),

@@ -38,6 +38,8 @@ pub struct Status {
     pub cache_hits: u64,
     /// Objects that had to be fetched.
     pub cache_misses: u64,
+    /// Small files that were fetched before they were opened.
+    pub fetched_ahead: u64,
     /// Whether the kernel reads cache files itself.
     pub passthrough: bool,
     /// What is wrong now, in words.

@@ -104,6 +104,7 @@ static FAMILIES: &[Family] = &[
         one(status.cleanups as f64)
     }),
     family!("counter" "cvmfs_cache_hits_total" "Objects found in the cache." |status| one(status.cache_hits as f64)),
+    family!("counter" "cvmfs_fetched_ahead_total" "Small files fetched before they were opened." |status| one(status.fetched_ahead as f64)),
     family!("counter" "cvmfs_cache_misses_total" "Objects that had to be fetched." |status| one(status.cache_misses as f64)),
     family!("counter" "cvmfs_cache_evicted_files_total" "Files evicted by this mount." |status| one(status.evictions as f64)),
     family!("counter" "cvmfs_fuse_calls_total" "Calls of the kernel, by name." |status| {
