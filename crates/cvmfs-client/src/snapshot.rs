@@ -57,7 +57,8 @@ pub struct AttachedCatalog {
 }
 
 impl AttachedCatalog {
-    fn new(mountpoint: &[u8], hash: ContentHash, size: u64) -> Arc<AttachedCatalog> {
+    /// The catalog with this hash, at this path, of `size` plain bytes. It is opened when somebody reads in it.
+    pub fn new(mountpoint: &[u8], hash: ContentHash, size: u64) -> Arc<AttachedCatalog> {
         Arc::new(AttachedCatalog {
             mountpoint: mountpoint.into(),
             hash,

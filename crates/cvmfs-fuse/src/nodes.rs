@@ -100,7 +100,14 @@ pub struct Node {
     pub chunks: Box<[Chunk]>,
     /// What `stat` shows.
     pub(crate) attributes: Attributes,
+    /// When the rows that it comes from were current.
+    pub(crate) moment: Moment,
 }
+
+/// The time between two revisions. What was made of an older one must not be remembered: a directory keeps its id, and
+/// its older node leads to the older catalog.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Moment(u64);
 
 /// Recently used nodes by id. Bounded; forgetting one is harmless.
 #[derive(Debug, Default)]
@@ -112,6 +119,7 @@ pub struct NodeTable {
 struct Generations {
     young: HashMap<u64, Arc<Node>, BuildHasherDefault<Same>>,
     old: HashMap<u64, Arc<Node>, BuildHasherDefault<Same>>,
+    moment: Moment,
     /// Nodes of open files, which are not forgotten: after an update nothing else may know them.
     held: HashMap<u64, Arc<Node>, BuildHasherDefault<Same>>,
 }
@@ -168,7 +176,12 @@ impl NodeTable {
         self.generations.lock().unwrap_or_else(PoisonError::into_inner).held.remove(&id);
     }
 
-    /// Remembers a node.
+    /// The present moment. Take it before the revision from which nodes are made.
+    pub fn moment(&self) -> Moment {
+        self.generations.lock().unwrap_or_else(PoisonError::into_inner).moment
+    }
+
+    /// Remembers a node, unless the revision changed since its moment.
     ///
     /// # Errors
     /// If another entry with the same id is remembered.
@@ -181,7 +194,9 @@ impl NodeTable {
             return Err(Collision);
         }
         let node = Arc::new(node);
-        generations.keep(node.clone());
+        if node.moment == generations.moment {
+            generations.keep(node.clone());
+        }
         Ok(node)
     }
 
@@ -189,7 +204,8 @@ impl NodeTable {
     pub fn clear(&self) {
         let mut generations = self.generations.lock().unwrap_or_else(PoisonError::into_inner);
         let held = std::mem::take(&mut generations.held);
-        *generations = Generations { held, ..Generations::default() };
+        let moment = Moment(generations.moment.0 + 1);
+        *generations = Generations { held, moment, ..Generations::default() };
     }
 }
 
@@ -204,7 +220,9 @@ impl Generations {
 
 #[cfg(test)]
 mod tests {
+    use cvmfs_client::snapshot::AttachedCatalog;
     use cvmfs_format::catalog::{Entry, EntryFlags};
+    use cvmfs_format::{ContentHash, HashAlgorithm};
 
     use super::*;
 
@@ -253,6 +271,27 @@ mod tests {
         assert_eq!(node_id(&entry(b"", 0o040_755, 0), &[]), ROOT);
         let directory = entry(b"/a/d", 0o040_755, 0);
         assert_eq!(node_id(&directory, &[]), directory_id(PathHash::of(b"/a/d")));
+    }
+
+    #[test]
+    fn what_was_made_of_an_older_revision_is_used_and_not_remembered() {
+        let table = NodeTable::default();
+        let catalog = AttachedCatalog::new(b"", ContentHash::of(HashAlgorithm::Sha1, b"catalog"), 0);
+        let node = |moment| {
+            let entry = entry(b"/d", 0o040_755, 0);
+            let id = node_id(&entry, &[]);
+            let located = Located { path: Box::from(&b"/d"[..]), entry, catalog: catalog.clone() };
+            Node { id, located, chunks: Box::default(), attributes: Attributes::default(), moment }
+        };
+        let before = table.moment();
+        let id = table.insert(node(before)).unwrap().id;
+        assert!(table.get(id).is_some());
+        table.clear();
+        // Somebody who began before the change comes late.
+        table.insert(node(before)).unwrap();
+        assert!(table.get(id).is_none(), "the older directory leads to the older catalog");
+        table.insert(node(table.moment())).unwrap();
+        assert!(table.get(id).is_some());
     }
 
     #[test]

@@ -15,7 +15,7 @@ use cvmfs_format::{ContentHash, PathHash};
 
 use crate::attributes::Presentation;
 use crate::layer_view::{self, Marker};
-use crate::nodes::{Node, NodeTable, ROOT, directory_id, node_id, path_hash_range};
+use crate::nodes::{Moment, Node, NodeTable, ROOT, directory_id, node_id, path_hash_range};
 use crate::protocol::attributes::Attributes;
 use crate::shared_state::SharedState;
 
@@ -162,35 +162,43 @@ impl View {
         if let Some(node) = self.nodes.get(id) {
             return Ok(node);
         }
+        let moment = self.nodes.moment();
         let current = self.repository.snapshot();
         if id == ROOT {
             let root = current.root(deadline)?;
-            return self.remember(&current, root, deadline);
+            return self.remember(&current, root, moment, deadline);
         }
-        if let Some(node) = self.find(&current, id, deadline)? {
-            return Ok(node);
+        if let Some(node) = self.find(&current, id, moment, deadline)? {
+            return self.insert(node);
         }
         for older in self.repository.older_snapshots() {
-            let Some(node) = self.find(&older, id, deadline)? else { continue };
+            let Some(node) = self.find(&older, id, moment, deadline)? else { continue };
             // A directory whose catalog was not attached yet in the current revision.
             if node.located.entry.is_directory()
                 && let Some(located) = current.resolve(&node.located.path, deadline)?
                 && located.entry.is_directory()
             {
-                return self.remember(&current, located, deadline);
+                return self.remember(&current, located, moment, deadline);
             }
-            return Ok(node);
+            // A directory that is gone would be looked into again under its old id.
+            return if node.located.entry.is_directory() { Ok(Arc::new(node)) } else { self.insert(node) };
         }
         Err(ViewError::Stale(id))
     }
 
-    fn find(&self, snapshot: &Snapshot, id: u64, deadline: Deadline) -> Result<Option<Arc<Node>>, ViewError> {
+    fn find(
+        &self,
+        snapshot: &Snapshot,
+        id: u64,
+        moment: Moment,
+        deadline: Deadline,
+    ) -> Result<Option<Node>, ViewError> {
         let (low, high) = path_hash_range(id);
         for located in snapshot.find_by_path_hash(low, high, deadline)? {
             let Some(located) = self.present(located) else { continue };
-            let node = self.build(snapshot, located, deadline)?;
+            let node = self.build(snapshot, located, moment, deadline)?;
             if node.id == id {
-                return Ok(Some(self.insert(node)?));
+                return Ok(Some(node));
             }
         }
         Ok(None)
@@ -221,7 +229,7 @@ impl View {
         match found {
             Some(located) => {
                 self.record(directory, &located.catalog);
-                self.remember(&snapshot, located, deadline).map(Some)
+                self.remember(&snapshot, located, directory.moment, deadline).map(Some)
             }
             None => Ok(None),
         }
@@ -305,12 +313,12 @@ impl View {
             let name = Box::from(entry.name.as_slice());
             let path = join(&directory.located.path, &entry.name).into();
             let located = Located { path, entry, catalog: catalog.clone() };
-            let attributes = self.remember(snapshot, located, deadline)?.attributes;
+            let attributes = self.remember(snapshot, located, directory.moment, deadline)?.attributes;
             entries.push(Listed { name, attributes });
         }
         let listing = Arc::new(Listing { entries: entries.into(), parent: parent_id(directory) });
         let mut known = self.listings.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.changes() == before {
+        if self.changes() == before && directory.moment == self.nodes.moment() {
             known.insert(0, (directory.id, listing.clone()));
             let mut room = MAX_LISTED;
             let mut is_first = true;
@@ -442,9 +450,10 @@ impl View {
         &self,
         snapshot: &Snapshot,
         located: Located,
+        moment: Moment,
         deadline: Deadline,
     ) -> Result<Arc<Node>, ViewError> {
-        self.insert(self.build(snapshot, located, deadline)?)
+        self.insert(self.build(snapshot, located, moment, deadline)?)
     }
 
     fn insert(&self, node: Node) -> Result<Arc<Node>, ViewError> {
@@ -470,6 +479,7 @@ impl View {
         &self,
         snapshot: &Snapshot,
         mut located: Located,
+        moment: Moment,
         deadline: Deadline,
     ) -> Result<Node, ViewError> {
         if let Some(leader) = snapshot.link_leader(&located, deadline)? {
@@ -482,7 +492,7 @@ impl View {
         let attributes = self.presentation.attributes(id, &located.entry, self.size(&located.entry));
         // The path ends with it.
         located.entry.name = Vec::new();
-        Ok(Node { id, located, chunks: chunks.into(), attributes })
+        Ok(Node { id, located, chunks: chunks.into(), attributes, moment })
     }
 }
 

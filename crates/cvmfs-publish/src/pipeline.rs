@@ -19,7 +19,7 @@ use std::thread::JoinHandle;
 use cvmfs_format::{Compression, ContentHash, Deflate, HashAlgorithm, ObjectKind, ObjectName};
 
 use crate::error::PublishError;
-use crate::storage::{Put, Storage};
+use crate::storage::{Content, Put, Storage};
 
 /// How pieces become objects.
 #[derive(Debug, Clone, Copy)]
@@ -293,8 +293,20 @@ impl Shared {
     }
 
     fn store(&self, job: Job) -> Result<ContentHash, PublishError> {
+        // Without compression the name is as quickly found out as whether it is known.
+        let known = self.storage.known().filter(|_| job.encoding.compression != Compression::None);
+        let known = known.map(|known| (known, Content::of(job.kind, job.encoding, &job.plain)));
+        if let Some((known, content)) = &known
+            && let Some((name, size)) = known.find(content, job.kind, job.encoding.algorithm)
+            && self.storage.object_size(&name)? == Some(size)
+        {
+            return Ok(name.hash);
+        }
         let (name, stored) = job.encoding.encode(job.kind, &job.plain);
         let put = self.storage.put_object(&name, &stored)?;
+        if let Some((known, content)) = &known {
+            known.remember(content, &name, stored.len() as u64);
+        }
         self.counters.count(put, stored.len());
         if put == Put::New && self.storage.is_sure_of_new_objects() {
             self.lock().made.push(name);

@@ -12,19 +12,22 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use cvmfs_format::ObjectName;
 use rustix::fs::FlockOperation;
 
-use super::{Put, Storage, StorageError, StorageLock, StoredObject, read_bounded};
+use super::{Known, Put, Storage, StorageError, StorageLock, StoredObject, read_bounded};
 
 /// Sub-directory for temporary files, on the file system of the objects so that a rename suffices.
 const SCRATCH: &str = "data/txn";
 /// Begins the name of everything that this publisher keeps in the scratch directory.
 const OURS: &str = "publish.";
 const LOCK: &str = "publish.lock";
+/// What was stored lately ([`Known`]).
+const KNOWN: &str = "publish.known";
 /// How often a busy lock is tried again: short against any publish, cheap enough to repeat.
 const LOCK_POLL: Duration = Duration::from_millis(50);
 /// Objects are for everybody: web servers run under another user.
@@ -38,6 +41,7 @@ pub struct Directory {
     root: PathBuf,
     scratch: PathBuf,
     next_temporary: AtomicU64,
+    known: OnceLock<Option<Known>>,
 }
 
 impl Directory {
@@ -51,6 +55,7 @@ impl Directory {
             root: root.to_owned(),
             scratch: root.join(SCRATCH),
             next_temporary: AtomicU64::new(0),
+            known: OnceLock::new(),
         };
         Ok(storage)
     }
@@ -71,9 +76,21 @@ impl Directory {
         self.scratch.join(format!("{OURS}{}.{number}", std::process::id()))
     }
 
+    /// A temporary file in a directory of the calling thread: threads that make files in one directory wait for each
+    /// other.
+    fn temporary_of_thread(&self) -> PathBuf {
+        static THREADS: AtomicU64 = AtomicU64::new(0);
+        thread_local! {
+            static THREAD: u64 = THREADS.fetch_add(1, Ordering::Relaxed);
+        }
+        let number = self.next_temporary.fetch_add(1, Ordering::Relaxed);
+        let directory = format!("{OURS}{}.thread{}", std::process::id(), THREAD.with(|thread| *thread));
+        self.scratch.join(directory).join(number.to_string())
+    }
+
     /// Writes `content` to a new temporary file, renames it to `target`, and removes it on failure.
     fn place(&self, target: &Path, content: &[u8], durably: bool) -> Result<(), StorageError> {
-        let temporary = self.temporary();
+        let temporary = self.temporary_of_thread();
         let placed = self.write_temporary(&temporary, content, durably).and_then(|()| {
             rename_making_parent(&temporary, target).map_err(at("write", target))?;
             if durably && let Some(parent) = target.parent() {
@@ -92,7 +109,9 @@ impl Directory {
         let create = || OpenOptions::new().write(true).create_new(true).mode(FILE_MODE).open(path);
         let mut file = match create() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                make_directory(&self.scratch)?;
+                if let Some(parent) = path.parent() {
+                    make_directory(parent)?;
+                }
                 create()
             }
             other => other,
@@ -111,7 +130,7 @@ impl Directory {
         for item in fs::read_dir(&self.scratch).map_err(at("list", &self.scratch))? {
             let item = item.map_err(at("list", &self.scratch))?;
             let name = item.file_name();
-            if name.as_encoded_bytes().starts_with(OURS.as_bytes()) && name != LOCK {
+            if name.as_encoded_bytes().starts_with(OURS.as_bytes()) && name != LOCK && name != KNOWN {
                 let path = item.path();
                 let directory = item.file_type().map_err(at("remove", &path))?.is_dir();
                 let removed = if directory { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
@@ -119,6 +138,18 @@ impl Directory {
             }
         }
         Ok(())
+    }
+}
+
+impl Drop for Directory {
+    /// Removes the directories of this process' threads. What is in use or cannot be removed is the next one's.
+    fn drop(&mut self) {
+        let ours = format!("{OURS}{}.thread", std::process::id());
+        for item in fs::read_dir(&self.scratch).into_iter().flatten().flatten() {
+            if item.file_name().as_encoded_bytes().starts_with(ours.as_bytes()) {
+                let _ = fs::remove_dir(item.path());
+            }
+        }
     }
 }
 
@@ -170,6 +201,20 @@ impl Storage for Directory {
         }
         self.place(&target, stored, false)?;
         Ok(put)
+    }
+
+    fn known(&self) -> Option<&Known> {
+        let open = || {
+            let path = self.scratch.join(KNOWN);
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create(true).truncate(false).mode(0o600);
+            options.custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed());
+            let known = options.open(&path).and_then(Known::new);
+            known
+                .inspect_err(|error| tracing::debug!(path = %path.display(), %error, "nothing is remembered"))
+                .ok()
+        };
+        self.known.get_or_init(open).as_ref()
     }
 
     fn is_sure_of_new_objects(&self) -> bool {
@@ -379,6 +424,7 @@ mod tests {
         assert_eq!(storage.put_object(&object, b"content").unwrap(), Put::Present);
         assert_eq!(fs::metadata(&path).unwrap().ino(), before.ino(), "an existing object was rewritten");
         assert_eq!(storage.get_object(&object, 100).unwrap(), b"content");
+        drop(storage);
         assert!(
             fs::read_dir(dir.path().join("data/txn")).unwrap().next().is_none(),
             "temporary file left behind"

@@ -14,6 +14,7 @@
 
 mod directory;
 mod http;
+mod known;
 mod remote;
 mod s3;
 
@@ -27,6 +28,8 @@ use cvmfs_format::ObjectName;
 
 pub use directory::Directory;
 pub use http::Http;
+pub(crate) use known::Content;
+pub use known::Known;
 pub use s3::S3;
 
 /// The signed description of the current revision.
@@ -241,6 +244,11 @@ pub trait Storage: Send + Sync + Debug {
     /// A whole object's stored bytes, at most `limit`.
     fn get_object(&self, name: &ObjectName, limit: u64) -> Result<Vec<u8>, StorageError> {
         read_bounded(self.open_object(name)?, &name.path(), limit)
+    }
+
+    /// What was stored here lately, by content, if that is remembered.
+    fn known(&self) -> Option<&Known> {
+        None
     }
 
     /// Whether [`Put::New`] is certain: no revision can refer to the object yet, and a publisher that fails may remove

@@ -40,7 +40,7 @@ fn wait_for(what: &str, mut happened: impl FnMut() -> bool) {
 fn leftovers(repository: &Repository) -> Vec<String> {
     let names = std::fs::read_dir(repository.storage.join("data/txn")).unwrap();
     let names = names.map(|item| item.unwrap().file_name().into_string().unwrap());
-    names.filter(|name| name != "publish.lock").collect()
+    names.filter(|name| name != "publish.lock" && name != "publish.known").collect()
 }
 
 #[test]

@@ -166,6 +166,44 @@ fn a_merge_into_a_fixed_place_needs_no_second_upload() {
     assert_eq!(second["new_objects"], 2, "{second}");
 }
 
+#[test]
+fn content_that_is_known_is_stored_again_if_its_object_is_gone_or_damaged() {
+    let repository = Repository::create(&[]);
+    let content = noise(50_000, 5);
+    let archive = Tar::default().file("f", &content).finish();
+    let objects = || -> Vec<_> { find_files(&repository.storage.join("data")) };
+    let before = objects();
+    repository.ingest("x", &archive, &[]);
+    let object = objects()
+        .into_iter()
+        .find(|path| !before.contains(path) && std::fs::metadata(path).unwrap().len() > 40_000);
+    let object = object.unwrap();
+    let stored = std::fs::read(&object).unwrap();
+    for (number, damage) in [None, Some(&stored[..100])].into_iter().enumerate() {
+        match damage {
+            None => std::fs::remove_file(&object).unwrap(),
+            Some(rest) => std::fs::write(&object, rest).unwrap(),
+        }
+        repository.ingest(&format!("again{number}"), &archive, &[]);
+        assert_eq!(std::fs::read(&object).unwrap(), stored);
+    }
+    // A table full of nonsense only costs time.
+    let table = repository.storage.join("data/txn/publish.known");
+    assert!(table.is_file());
+    std::fs::write(&table, noise(1 << 20, 9)).unwrap();
+    repository.ingest("after-nonsense", &archive, &[]);
+    repository.assert_sound();
+}
+
+fn find_files(directory: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let mut found = Vec::new();
+    for item in std::fs::read_dir(directory).unwrap() {
+        let path = item.unwrap().path();
+        if path.is_dir() { found.extend(find_files(&path)) } else { found.push(path) }
+    }
+    found
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, max_shrink_iters: 200, ..ProptestConfig::default() })]
     #[test]
