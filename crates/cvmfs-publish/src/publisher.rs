@@ -66,6 +66,8 @@ pub struct OpenOptions {
     pub counters: Arc<Counters>,
     /// When catalogs are divided.
     pub catalog_limits: CatalogLimits,
+    /// Whether nanoseconds of modification times are recorded in a repository that does not say so itself.
+    pub nanoseconds: Option<bool>,
     /// Source of time.
     pub clock: Clock,
 }
@@ -77,6 +79,7 @@ impl Default for OpenOptions {
             interrupt: Interrupt::default(),
             counters: Arc::default(),
             catalog_limits: CatalogLimits::default(),
+            nanoseconds: None,
             clock: system_clock,
         }
     }
@@ -402,7 +405,10 @@ impl Transaction<'_> {
             pipeline: &self.pipeline,
             tree: &tree,
             algorithm: encoding.algorithm,
-            nanoseconds: settings.nanoseconds,
+            nanoseconds: match self.publisher.options.nanoseconds {
+                Some(wanted) if !settings.is_recorded => wanted,
+                _ => settings.nanoseconds,
+            },
             now,
         };
         apply.at(&base)?;

@@ -92,6 +92,7 @@ fn ingest(arguments: Ingest, json: bool) -> Result<(), PublishError> {
     };
     let options =
         OpenOptions { interrupt, counters: counters.clone(), catalog_limits, ..OpenOptions::default() };
+    let options = OpenOptions { nanoseconds: conf.nanoseconds, ..options };
     let mut publisher = open(&arguments.repository, options)?;
     if let Some(tag) = &arguments.tag {
         publisher.require_new_tag(tag)?;

@@ -28,6 +28,8 @@ pub struct ServerConf {
     /// `CVMFS_IGNORE_XDIR_HARDLINKS`: hard links across directories become independent entries; otherwise they are
     /// refused.
     pub ignore_xdir_hard_links: Option<bool>,
+    /// `CVMFS_ENABLE_MTIME_NS`: record the nanoseconds of modification times.
+    pub nanoseconds: Option<bool>,
     /// `CVMFS_COMPRESSION_ALGORITHM`.
     pub compression: Option<Compression>,
     /// `CVMFS_MIN_CHUNK_SIZE`, `CVMFS_AVG_CHUNK_SIZE`, `CVMFS_MAX_CHUNK_SIZE`.
@@ -80,7 +82,11 @@ impl ServerConf {
         let sizes =
             (size("CVMFS_MIN_CHUNK_SIZE")?, size("CVMFS_AVG_CHUNK_SIZE")?, size("CVMFS_MAX_CHUNK_SIZE")?);
         let chunk_sizes = match (switch("CVMFS_USE_FILE_CHUNKING")?, sizes) {
-            (Some(false), _) => None,
+            (Some(false), _) => {
+                // Pieces of bounded size are what keeps the memory bounded.
+                tracing::warn!("CVMFS_USE_FILE_CHUNKING=false is not followed: large files are cut into chunks");
+                None
+            }
             (_, (Some(min), Some(avg), Some(max))) => {
                 Some(validated(ChunkSizes { min, avg, max }).map_err(|error| error.to_string())?)
             }
@@ -98,6 +104,7 @@ impl ServerConf {
             ignore_special_files: switch("CVMFS_IGNORE_SPECIAL_FILES")?,
             include_xattrs: switch("CVMFS_INCLUDE_XATTRS")?,
             ignore_xdir_hard_links: switch("CVMFS_IGNORE_XDIR_HARDLINKS")?,
+            nanoseconds: switch("CVMFS_ENABLE_MTIME_NS")?,
             compression,
             chunk_sizes,
             catalog_limits,
