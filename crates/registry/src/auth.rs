@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 use base64::Engine as _;
-use reqwest::Url;
 use reqwest::header::{HeaderMap, HeaderValue, WWW_AUTHENTICATE};
+use reqwest::{StatusCode, Url};
 use serde::Deserialize;
 
 use crate::challenge::{self, Challenge};
@@ -17,9 +17,12 @@ use crate::error::RegistryError;
 use crate::http::{HttpClients, authority, causes};
 use crate::reference::{Reference, is_loopback_host};
 use crate::secret::Secret;
+use crate::transport::retry_after;
 
 /// Token answers are a few kilobytes.
 const MAX_TOKEN_BYTES: usize = 1 << 20;
+/// Token services that are tried for one answer; a server that names more wants to keep us busy.
+const MAX_TOKEN_SERVICES: usize = 3;
 /// How we name ourselves to token services.
 const CLIENT_ID: &str = "docker2cvmfs";
 
@@ -101,24 +104,32 @@ impl Session<'_> {
         challenges: &[Challenge],
         credential: Option<&Credential>,
     ) -> Result<HeaderValue, RegistryError> {
-        if let Some(bearer) = challenges.iter().find(|c| c.scheme == "bearer") {
-            let token = self.token(bearer, credential).await?;
-            return self.sensitive(&format!("Bearer {}", token.expose()));
+        let mut refused = None;
+        for bearer in challenges.iter().filter(|c| c.scheme == "bearer").take(MAX_TOKEN_SERVICES) {
+            match self.token(bearer, credential).await {
+                Ok(token) => return self.sensitive(&format!("Bearer {}", token.expose())),
+                // The server offers other ways for those who cannot use this one.
+                Err(error @ (RegistryError::Denied { .. } | RegistryError::Misdirected { .. })) => {
+                    refused.get_or_insert(error);
+                }
+                Err(error) => return Err(error),
+            }
         }
-        if challenges.iter().all(|c| c.scheme != "basic") {
-            return Err(self.denied("it asks for a kind of authentication that is not supported"));
-        }
-        match credential {
-            Some(Credential::Password { user, password }) => {
+        let is_basic = challenges.iter().any(|c| c.scheme == "basic");
+        match (credential, refused) {
+            (Some(Credential::Password { user, password }), _) if is_basic => {
                 self.refuse_plain_text(self.url)?;
                 self.sensitive(&basic(user, password))
             }
-            Some(Credential::IdentityToken(_)) => {
+            // What a token service said tells more than that there is no password for Basic.
+            (_, Some(refused)) => Err(refused),
+            (Some(Credential::IdentityToken(_)), None) if is_basic => {
                 Err(self.denied("it asks for user and password, not a token"))
             }
-            None => {
+            (None, None) if is_basic => {
                 Err(self.denied("it asks for user and password; log in with docker login or podman login"))
             }
+            _ => Err(self.denied("it asks for a kind of authentication that is not supported")),
         }
     }
 
@@ -184,6 +195,10 @@ impl Session<'_> {
             return Err(
                 self.denied(&format!("its token service {host} answers {status}; check user and password"))
             );
+        }
+        if status == StatusCode::TOO_MANY_REQUESTS {
+            let pause = retry_after(response.headers());
+            return Err(RegistryError::RateLimited { object: object(), host, pause });
         }
         if !status.is_success() {
             let status = status.as_u16();

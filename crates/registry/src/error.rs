@@ -52,14 +52,14 @@ pub enum RegistryError {
         reason: String,
     },
     /// Too many requests, and the registry asks for a longer pause than we grant.
-    #[error("registry {host} limits requests; {object} can be asked for again {when}")]
+    #[error("registry {host} limits requests; {object} can be asked for again {}", when(*pause))]
     RateLimited {
         /// Manifest, configuration or layer.
         object: String,
         /// Host and port.
         host: String,
-        /// In how many seconds, if stated.
-        when: String,
+        /// The pause that it asks for, if stated.
+        pause: Option<Duration>,
     },
     /// Any other unexpected answer.
     #[error(
@@ -190,6 +190,10 @@ pub enum RegistryError {
     /// The caller cancelled the work.
     #[error("interrupted")]
     Cancelled,
+}
+
+fn when(pause: Option<Duration>) -> String {
+    pause.map_or_else(|| "later".to_owned(), |pause| format!("in {} s", pause.as_secs()))
 }
 
 /// Classes of errors that callers treat alike.

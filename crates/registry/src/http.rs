@@ -141,7 +141,24 @@ pub(crate) fn causes(error: &reqwest::Error) -> String {
         }
         cause = current.source();
     }
+    if is_unknown_issuer(error) {
+        text.push_str(
+            "; if the registry has a certificate authority of its own, name the file with the authority's \
+             certificate in SSL_CERT_FILE",
+        );
+    }
     if text.is_empty() { "connection failed".to_owned() } else { text }
+}
+
+/// Whether a certificate was refused because nobody known signed it.
+fn is_unknown_issuer(error: &(dyn std::error::Error + 'static)) -> bool {
+    use rustls::{CertificateError, Error};
+    if let Some(tls) = error.downcast_ref::<Error>() {
+        return matches!(tls, Error::InvalidCertificate(CertificateError::UnknownIssuer));
+    }
+    // Errors of I/O hide what they wrap from `source`.
+    let wrapped = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+    wrapped.is_some_and(|inner| is_unknown_issuer(inner)) || error.source().is_some_and(is_unknown_issuer)
 }
 
 #[cfg(test)]

@@ -255,13 +255,12 @@ pub(crate) async fn refusal(object: &str, response: Response) -> RegistryError {
     let host = authority(response.url());
     let status = response.status();
     let object = object.to_owned();
-    let when = retry_after(response.headers())
-        .map_or_else(|| "later".to_owned(), |pause| format!("in {} s", pause.as_secs()));
+    let pause = retry_after(response.headers());
     let detail = error_detail(response).await;
     match status.as_u16() {
         404 => RegistryError::NotFound { object, host, detail },
         401 | 403 => RegistryError::Denied { object, host, reason: format!("status {status}{detail}") },
-        429 => RegistryError::RateLimited { object, host, when },
+        429 => RegistryError::RateLimited { object, host, pause },
         status => RegistryError::Status { object, host, status, detail },
     }
 }
@@ -274,8 +273,9 @@ fn pause_after(result: &Result<Response, RegistryError>, tries: u32) -> Option<D
             Some(retry_after(response.headers()).unwrap_or(backoff))
         }
         Err(RegistryError::Network { .. } | RegistryError::Timeout { .. }) => Some(backoff),
-        // A token service that stumbles.
-        Err(RegistryError::Status { status: 429 | 500..=599, .. }) => Some(backoff),
+        // A token service that stumbles, or limits requests.
+        Err(RegistryError::Status { status: 500..=599, .. }) => Some(backoff),
+        Err(RegistryError::RateLimited { pause, .. }) => Some(pause.unwrap_or(backoff)),
         _ => None,
     }
 }
@@ -300,7 +300,7 @@ async fn denied(call: &Call<'_>, response: Response) -> RegistryError {
 }
 
 /// `Retry-After` in seconds or as a date.
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+pub(crate) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     if let Ok(seconds) = text.parse() {
         return Some(Duration::from_secs(seconds));

@@ -413,6 +413,61 @@ fn an_identity_token_is_exchanged() {
     );
 }
 
+/// A token service that limits requests: the first answer is 429 with this pause.
+fn limiting_token_service(pause: &'static str) -> Script {
+    let limited = AtomicUsize::new(0);
+    Script::start(move |request| {
+        if request.target.starts_with("/token") {
+            if limited.fetch_add(1, Ordering::SeqCst) == 0 {
+                return Answer::new(429, "slow down").header("Retry-After", pause);
+            }
+            return Answer::new(200, r#"{"token":"T"}"#);
+        }
+        if request.header("authorization") == Some("Bearer T") {
+            return Answer::new(200, r#"{"manifests":[]}"#);
+        }
+        let challenge = format!(r#"Bearer realm="http://{}/token""#, request.header("host").unwrap());
+        Answer::new(401, "").header("WWW-Authenticate", challenge)
+    })
+}
+
+#[test]
+fn a_token_service_that_limits_requests_is_given_the_pause_it_asks_for() {
+    let script = limiting_token_service("2");
+    let started = Instant::now();
+    anonymous().manifest(&script.reference("a/b")).unwrap();
+    // Two seconds were asked for; our own pause would be half a second.
+    assert!(started.elapsed() >= Duration::from_secs(2));
+
+    let script = limiting_token_service("3600");
+    let error = anonymous().manifest(&script.reference("a/b")).unwrap_err();
+    assert!(matches!(error, RegistryError::RateLimited { .. }), "{error}");
+    assert!(error.to_string().ends_with("can be asked for again in 3600 s"), "{error}");
+    let tokens = script.requests().iter().filter(|r| r.target.starts_with("/token")).count();
+    assert_eq!(tokens, 1, "a service that asks for an hour is not asked again at once");
+}
+
+#[test]
+fn a_server_with_several_challenges_is_answered_with_the_one_that_works() {
+    // The first token service is on a host that must not see the password, the second knows nobody.
+    let script = Script::start(|request| {
+        if request.target.starts_with("/token") {
+            return Answer::new(401, "");
+        }
+        if request.header("authorization") == Some("Basic bWU6aHVudGVyMg==") {
+            return Answer::new(200, r#"{"manifests":[]}"#);
+        }
+        let own = format!(r#"Bearer realm="http://{}/token""#, request.header("host").unwrap());
+        Answer::new(401, "")
+            .header("WWW-Authenticate", r#"Bearer realm="http://tokens.example.org/token""#)
+            .header("WWW-Authenticate", format!(r#"{own}, Basic realm="r""#))
+    });
+    client(Credentials::none().with(script.address.clone(), password()))
+        .manifest(&script.reference("a/b"))
+        .unwrap();
+    assert_eq!(script.requests().len(), 3, "{:?}", script.requests());
+}
+
 #[test]
 fn a_registry_that_refuses_every_token_ends_as_denied() {
     let script = Script::start(|request| {
