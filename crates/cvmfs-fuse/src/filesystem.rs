@@ -272,10 +272,14 @@ impl Mount {
     }
 
     pub(crate) fn readdir(&self, id: u64, range: Range, deadline: Deadline, reply: Reply) {
+        let before = self.view.changes();
         let listed = self.view.node(id, deadline).and_then(|directory| self.view.list(&directory, deadline));
+        // It may have waited for a catalog of a revision that is gone: the kernel would take its names for new ones.
+        let is_current = self.view.changes() == before;
         match listed {
             Ok(listing) => with_buffer(0, |buffer| {
-                if fill(&listing, id, range, self.lifetime(), Entries::new(buffer, range.size)) {
+                let entries = Entries::new(buffer, range.size);
+                if fill(&listing, id, range, is_current, self.lifetime(), entries) {
                     self.view.listed_to_the_end(id, &listing);
                 }
                 reply.data(buffer);
@@ -403,8 +407,16 @@ pub(crate) struct Range {
     pub(crate) plus: bool,
 }
 
-/// Collects entries from an offset on; true if the end of the directory was reached.
-fn fill(listing: &Listing, id: u64, range: Range, lifetime: Lifetime, mut entries: Entries<'_>) -> bool {
+/// Collects entries from an offset on; true if the end of the directory was reached. The kernel enters the names
+/// only if they are current.
+fn fill(
+    listing: &Listing,
+    id: u64,
+    range: Range,
+    is_current: bool,
+    lifetime: Lifetime,
+    mut entries: Entries<'_>,
+) -> bool {
     let mut add = |node: u64, attributes: &Attributes, next: u64, name: &[u8]| {
         if range.plus {
             entries.add_plus(node, attributes, lifetime, next, name)
@@ -424,7 +436,9 @@ fn fill(listing: &Listing, id: u64, range: Range, lifetime: Lifetime, mut entrie
     }
     let rest = listing.entries.iter().enumerate().skip(first.saturating_sub(2));
     for (index, listed) in rest {
-        if !add(listed.attributes.inode, &listed.attributes, index as u64 + 3, &listed.name) {
+        // Node 0: it looks the name up when somebody uses it.
+        let node = if is_current { listed.attributes.inode } else { 0 };
+        if !add(node, &listed.attributes, index as u64 + 3, &listed.name) {
             return false;
         }
     }

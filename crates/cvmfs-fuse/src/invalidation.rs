@@ -122,6 +122,15 @@ impl Invalidation {
         );
     }
 
+    /// Has the kernel look up again what a predecessor told it, who may have died between a new revision and its news.
+    pub(crate) fn taken_over(&self, device: impl AsFd) {
+        if self.agreement.has_epochs()
+            && let Err(error) = notify::next_epoch(device.as_fd())
+        {
+            tracing::warn!(%error, "names that a predecessor told stay until their time is over");
+        }
+    }
+
     /// `forcibly`: also where the kernel can only forget the entry with all that is below it,
     /// mounts included.
     fn forget_entry(

@@ -91,8 +91,10 @@ fn serve() -> Result<(), Failure> {
     let Assignment { request, last_settings } = serde_json::from_str(&line).map_err(io::Error::from)?;
     let state = Arc::new(SharedState::map(memory.as_fd())?);
     let settings = load_settings(&request, last_settings)?;
-    let repository = match state.pin() {
-        Some(pin) if state.is_answered() => {
+    let predecessors = state.pin().filter(|_| state.is_answered());
+    let is_successor = predecessors.is_some();
+    let repository = match predecessors {
+        Some(pin) => {
             tracing::warn!(
                 decision = "worker-restart",
                 workers = state.workers(),
@@ -100,7 +102,7 @@ fn serve() -> Result<(), Failure> {
             );
             Repository::resume(settings.client, Arc::new(SystemClock), pin)?
         }
-        _ => {
+        None => {
             let repository = Repository::open(settings.client, Arc::new(SystemClock))?;
             state.record_pin(&repository.snapshot().pinned());
             repository
@@ -132,6 +134,9 @@ fn serve() -> Result<(), Failure> {
     view.attach_again(has_open_files);
     let channel = Arc::new(Channel(device.try_clone()?));
     let mount = Arc::new(Mount::new(view, content, settings.kernel, agreement, state, channel));
+    if is_successor {
+        mount.invalidation.taken_over(&device);
+    }
     let (stop, stopped) = mpsc::channel();
     let observers =
         Observers::start(&request, &mount, device.try_clone()?, settings.config, settings.observed)?;

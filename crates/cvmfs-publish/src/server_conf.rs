@@ -84,7 +84,9 @@ impl ServerConf {
         let chunk_sizes = match (switch("CVMFS_USE_FILE_CHUNKING")?, sizes) {
             (Some(false), _) => {
                 // Pieces of bounded size are what keeps the memory bounded.
-                tracing::warn!("CVMFS_USE_FILE_CHUNKING=false is not followed: large files are cut into chunks");
+                tracing::warn!(
+                    "CVMFS_USE_FILE_CHUNKING=false is not followed: large files are cut into chunks"
+                );
                 None
             }
             (_, (Some(min), Some(avg), Some(max))) => {

@@ -157,3 +157,21 @@ fn tags(repository: &Repository, hash: ContentHash) -> BTreeMap<String, Tag> {
         .map(|tag| (tag.name, (tag.revision, tag.root_catalog, tag.root_catalog_size, tag.description)))
         .collect()
 }
+
+#[test]
+fn nanoseconds_are_recorded_where_the_server_conf_wants_them() {
+    use std::time::{Duration, UNIX_EPOCH};
+    let (_fixture, repository) = take_over("basic-sha1");
+    let directory = tempfile::tempdir().unwrap();
+    let (tree, conf) = (directory.path().join("tree"), directory.path().join("server.conf"));
+    std::fs::create_dir(&tree).unwrap();
+    let file = std::fs::File::create(tree.join("f")).unwrap();
+    file.set_modified(UNIX_EPOCH + Duration::new(1_600_000_000, 123_456_789)).unwrap();
+    std::fs::write(&conf, "CVMFS_ENABLE_MTIME_NS=true\n").unwrap();
+    let (tree, conf) = (tree.to_str().unwrap(), conf.to_str().unwrap());
+    repository.ok("ingest", &["--base", "/without", "--tree", tree]);
+    repository.ok("ingest", &["--base", "/with", "--tree", tree, "--server-conf", conf]);
+    let seen = repository.tree("/");
+    assert_eq!(seen["/without/f"]["mtime_ns"], 1_600_000_000_000_000_000_i64);
+    assert_eq!(seen["/with/f"]["mtime_ns"], 1_600_000_000_123_456_789_i64);
+}
