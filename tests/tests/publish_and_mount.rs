@@ -5,13 +5,13 @@
 mod common;
 
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{Overlay, assert_same, assert_says, layer_content, unpack_layers};
 use testkit::process::run;
 use testkit::tar::TarBuilder;
 use testkit::tree::{read_manifest, subtree};
-use testkit::{MountBuilder, Published, TreeEntry, compare, walk_tree};
+use testkit::{Fault, MountBuilder, Published, TreeEntry, compare, walk_tree};
 
 /// Everything that a container layer may hold.
 fn rich_layer() -> TarBuilder {
@@ -150,4 +150,34 @@ fn a_check_finds_a_damaged_object() {
     let finished = repository.publish("check", &[]).unwrap();
     assert!(!finished.status.success(), "{}", finished.output());
     assert_says(&finished.output(), &[&name.replace('/', ""), &name]);
+}
+
+#[test]
+fn a_listing_that_waited_over_an_update_does_not_bring_old_content_back() {
+    let repository = Published::create("waited.example.org").unwrap();
+    let version = |text: &[u8]| {
+        TarBuilder::new()
+            .directory("set", 0o755)
+            .file("set/.cvmfscatalog", 0o644, b"")
+            .file("set/f", 0o644, text)
+            .finish()
+    };
+    repository.ingest("/", &version(b"one"), &[]).unwrap();
+    let mount = MountBuilder::new(&repository.fqrn, &repository.client_config().unwrap()).mount().unwrap();
+    std::fs::metadata(mount.path().join("set")).unwrap();
+    // The catalog of the first revision comes late.
+    repository.origin.set_fault_times("*C", Fault::Delay(Duration::from_secs(4)), 1);
+    std::thread::scope(|scope| {
+        let listing = scope.spawn(|| std::fs::read_dir(mount.path().join("set")).unwrap().count());
+        let end = Instant::now() + Duration::from_secs(3);
+        while mount.status().unwrap()["waiting"] == 0 {
+            assert!(Instant::now() < end, "the listing does not wait");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        repository.ingest("/", &version(b"two"), &[]).unwrap();
+        let answer = mount.ask("refresh", Duration::from_secs(30)).unwrap();
+        assert_eq!(answer.trim(), "3", "the update");
+        assert_eq!(listing.join().unwrap(), 2);
+    });
+    assert_eq!(std::fs::read(mount.path().join("set/f")).unwrap(), b"two");
 }
