@@ -248,10 +248,10 @@ impl View {
             None => match self.count_lookup(directory.id) {
                 None => return Ok(None),
                 Some(most) => {
-                    let (before, snapshot) = (self.changes(), self.repository.snapshot());
+                    let snapshot = self.repository.snapshot();
                     match snapshot.list_up_to(&directory.located, most, deadline)? {
                         None => return Ok(None),
-                        Some(rows) => self.keep_listing(directory, &snapshot, rows, before, deadline)?,
+                        Some(rows) => self.keep_listing(directory, &snapshot, rows, deadline)?,
                     }
                 }
             },
@@ -293,18 +293,17 @@ impl View {
         if let Some(listing) = self.kept(directory.id) {
             return Ok(listing);
         }
-        let (before, snapshot) = (self.changes(), self.repository.snapshot());
+        let snapshot = self.repository.snapshot();
         let rows = snapshot.list(&directory.located, deadline)?;
-        self.keep_listing(directory, &snapshot, rows, before, deadline)
+        self.keep_listing(directory, &snapshot, rows, deadline)
     }
 
-    /// Makes a listing of these rows, and keeps it unless the revision has changed since `before`.
+    /// Makes a listing of these rows, and keeps it unless the revision has changed since the directory's moment.
     fn keep_listing(
         &self,
         directory: &Node,
         snapshot: &Snapshot,
         (catalog, rows): DirectoryRows,
-        before: u64,
         deadline: Deadline,
     ) -> Result<Arc<Listing>, ViewError> {
         self.record(directory, &catalog);
@@ -318,7 +317,7 @@ impl View {
         }
         let listing = Arc::new(Listing { entries: entries.into(), parent: parent_id(directory) });
         let mut known = self.listings.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.changes() == before && directory.moment == self.nodes.moment() {
+        if directory.moment == self.nodes.moment() {
             known.insert(0, (directory.id, listing.clone()));
             let mut room = MAX_LISTED;
             let mut is_first = true;

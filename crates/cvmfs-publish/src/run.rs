@@ -90,9 +90,13 @@ fn ingest(arguments: Ingest, json: bool) -> Result<(), PublishError> {
         Some(max) => CatalogLimits { max, min: CatalogLimits::default().min.min(max / 4) },
         None => conf.catalog_limits.unwrap_or_default(),
     };
-    let options =
-        OpenOptions { interrupt, counters: counters.clone(), catalog_limits, ..OpenOptions::default() };
-    let options = OpenOptions { nanoseconds: conf.nanoseconds, ..options };
+    let options = OpenOptions {
+        interrupt,
+        counters: counters.clone(),
+        catalog_limits,
+        nanoseconds: conf.nanoseconds,
+        ..OpenOptions::default()
+    };
     let mut publisher = open(&arguments.repository, options)?;
     if let Some(tag) = &arguments.tag {
         publisher.require_new_tag(tag)?;

@@ -114,9 +114,7 @@ impl Catalog {
     /// Entries of a directory, sorted by name: without hidden ones and without names that no Linux directory can
     /// hold (empty, `.`, `..`, with slash or zero byte, over 255 bytes), on which a kernel would fail the listing.
     pub fn list(&self, parent: PathHash) -> Result<Vec<Entry>> {
-        let mut entries = self.list_all(parent)?;
-        entries.retain(|entry| !entry.is_hidden() && entry.has_valid_name());
-        Ok(entries)
+        Ok(self.list_up_to(parent, usize::MAX)?.unwrap_or_default())
     }
 
     /// The same, or nothing if the directory has more than `most` rows. No more than those are read.

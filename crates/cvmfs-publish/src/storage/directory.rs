@@ -144,6 +144,10 @@ impl Directory {
 impl Drop for Directory {
     /// Removes the directories of this process' threads. What is in use or cannot be removed is the next one's.
     fn drop(&mut self) {
+        if *self.next_temporary.get_mut() == 0 {
+            // Nothing was written.
+            return;
+        }
         let ours = format!("{OURS}{}.thread", std::process::id());
         for item in fs::read_dir(&self.scratch).into_iter().flatten().flatten() {
             if item.file_name().as_encoded_bytes().starts_with(ours.as_bytes()) {
