@@ -182,3 +182,48 @@ fn a_listing_that_waited_over_an_update_does_not_bring_old_content_back() {
     });
     assert_eq!(std::fs::read(mount.path().join("set/f")).unwrap(), b"two");
 }
+
+/// The kernel enters the names of a listing one after the other, and waits where somebody looks a name up.
+#[test]
+fn a_listing_that_is_entered_after_an_update_does_not_bring_old_content_back() {
+    let repository = Published::create("entered.example.org").unwrap();
+    let version = |text: &[u8]| {
+        TarBuilder::new()
+            .directory("set", 0o755)
+            .file("set/first", 0o644, text)
+            .file("set/slow", 0o644, text)
+            .file("set/then", 0o644, text)
+            .finish()
+    };
+    repository.ingest("/", &version(b"one"), &[]).unwrap();
+    let mount = MountBuilder::new(&repository.fqrn, &repository.client_config().unwrap())
+        .environment("CVMFS_FUSE_TEST_FAULT", "slow:slow")
+        .mount()
+        .unwrap();
+    let set = mount.path().join("set");
+    let waiting = |number: u64| {
+        let end = Instant::now() + Duration::from_secs(3);
+        while mount.status().unwrap()["waiting"] != number {
+            assert!(Instant::now() < end, "{number} requests do not wait");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| std::fs::metadata(set.join("slow")).unwrap());
+        waiting(1);
+        let listing = scope.spawn(|| std::fs::read_dir(&set).unwrap().count());
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(!listing.is_finished(), "the listing waits for the look-up");
+        repository.ingest("/", &version(b"two"), &[]).unwrap();
+        let answer = mount.ask("refresh", Duration::from_secs(30)).unwrap();
+        assert_eq!(answer.trim(), "3", "the update");
+        // Others keep the directory itself known.
+        while !listing.is_finished() {
+            assert_eq!(std::fs::read(set.join("then")).unwrap(), b"two", "once the update is in use");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        assert_eq!(listing.join().unwrap(), 3);
+        assert_eq!(std::fs::read(set.join("then")).unwrap(), b"two", "after the listing");
+    });
+    assert_eq!(std::fs::read(set.join("first")).unwrap(), b"two");
+}

@@ -483,11 +483,22 @@ impl Snapshot {
                     "marked as nested catalog but not listed as one",
                 )
             })?;
+        let named = AttachedCatalog::new(&directory.path, nested.hash, nested.size);
+        if !self.has(&directory.catalog, deadline) {
+            // The directory was found in another revision: attached here, its catalog would stand for ours.
+            return Ok(named);
+        }
         let mut attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
-        let catalog = attached
-            .entry(directory.path.clone())
-            .or_insert_with(|| AttachedCatalog::new(&directory.path, nested.hash, nested.size));
-        Ok(catalog.clone())
+        Ok(attached.entry(directory.path.clone()).or_insert(named).clone())
+    }
+
+    /// Whether the catalog belongs to this revision, as far as the attached ones tell.
+    fn has(&self, catalog: &Arc<AttachedCatalog>, deadline: Deadline) -> bool {
+        match self.attached_at(&catalog.mountpoint) {
+            Some(attached) => attached.hash == catalog.hash,
+            // It may have been detached.
+            None => self.attach_if_listed(catalog.clone(), deadline),
+        }
     }
 
     /// Runs `read` on the catalog, which is opened (and fetched) first if necessary.
@@ -605,16 +616,16 @@ impl Snapshot {
         }
     }
 
-    /// Attaches the catalog if the one above it names it.
-    fn attach_if_listed(&self, catalog: Arc<AttachedCatalog>, deadline: Deadline) {
-        let Some(parent) = self.deepest_above(&catalog.mountpoint) else { return };
+    /// Attaches the catalog if the one above it names it, and tells whether that is so.
+    fn attach_if_listed(&self, catalog: Arc<AttachedCatalog>, deadline: Deadline) -> bool {
+        let Some(parent) = self.deepest_above(&catalog.mountpoint) else { return false };
         let nested = self.with_catalog(&parent, deadline, |rows| Ok(rows.nested_at(&catalog.mountpoint)?));
-        if let Ok(Some(nested)) = nested
-            && nested.hash == catalog.hash
-        {
+        let is_listed = nested.is_ok_and(|nested| nested.is_some_and(|nested| nested.hash == catalog.hash));
+        if is_listed {
             let mut attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
             attached.insert(catalog.mountpoint.clone(), catalog);
         }
+        is_listed
     }
 
     /// The attached catalog with the longest mount point that is a proper prefix of `path`.

@@ -10,10 +10,12 @@ use std::time::Duration;
 use cvmfs_client::clock::{Clock, ManualClock, SystemClock};
 use cvmfs_client::error::ClientError;
 use cvmfs_client::repository::{Refreshed, Repository};
+use cvmfs_client::snapshot::Located;
 use cvmfs_client::trust::TrustError;
 use cvmfs_format::hash::ContentHash;
 use support::{manifest_of, republish, seconds};
-use testkit::{Fixture, Origin};
+use testkit::tar::TarBuilder;
+use testkit::{Fixture, Origin, Published};
 
 /// Name, revision and time of the fixture's tags.
 const TAGS: [(&str, u64, i64); 4] =
@@ -313,4 +315,31 @@ fn the_newest_manifest_is_what_a_client_follows() {
         let manifest = manifest_of(&site.fixture.storage);
         assert_eq!(repository.status().revision, manifest.revision);
     }
+}
+
+#[test]
+fn a_directory_of_the_revision_before_does_not_lead_the_new_one_to_its_catalog() {
+    let repository = Published::create("follow.example.org").unwrap();
+    let publish = |text: &[u8]| {
+        let set = TarBuilder::new().directory("set", 0o755).file("set/.cvmfscatalog", 0o644, b"");
+        repository.ingest("/", &set.file("set/f", 0o644, text).finish(), &[]).unwrap();
+    };
+    publish(b"one");
+    let (url, key) = (repository.origin.url(), repository.public_key());
+    let options = [("CVMFS_SERVER_URL", url.as_str()), ("CVMFS_PUBLIC_KEY", key.to_str().unwrap())];
+    let settings = support::settings(&repository.fqrn, repository.scratch(), &options);
+    let mounted = Repository::open(settings, Arc::new(SystemClock)).unwrap();
+    let before = mounted.snapshot().resolve(b"/set", seconds(10)).unwrap().unwrap();
+    publish(b"two and more");
+    assert_eq!(mounted.refresh(seconds(10)).unwrap(), Refreshed::Updated);
+
+    // Somebody who began before the change goes on with the directory that he has.
+    let snapshot = mounted.snapshot();
+    let size =
+        |directory: &Located| snapshot.child(directory, b"f", seconds(10)).unwrap().unwrap().entry.size;
+    assert_eq!(size(&before), 3);
+    let after = snapshot.resolve(b"/set", seconds(10)).unwrap().unwrap();
+    assert_eq!(size(&after), 12, "the new revision shows its own file");
+    // Once that is attached, everybody sees it.
+    assert_eq!(size(&before), 12);
 }

@@ -131,7 +131,7 @@ impl Mount {
         let data = (request, number, DATA_PATIENCE);
         match request.operation {
             Operation::Lookup { name } => {
-                if self.view.ready(node).is_some() {
+                if self.view.ready(node).is_some() && !crate::test_fault::is_slow(name) {
                     self.lookup(node, name, soon(), reply);
                     return Place::Here;
                 }
@@ -184,8 +184,9 @@ impl Mount {
                     mount.opendir(caller, patience.deadline, reply);
                 })
             }
-            Operation::Readdir { offset, size, plus } => {
-                let range = Range { offset, size, plus };
+            Operation::Readdir { handle, offset, size, plus } => {
+                self.entered(handle);
+                let range = Range { handle, offset, size, plus };
                 if self.view.ready(node).is_some() {
                     self.readdir(node, range, soon(), reply);
                     return Place::Here;
@@ -194,7 +195,8 @@ impl Mount {
                     mount.readdir(node, range, patience.deadline, reply);
                 })
             }
-            Operation::Releasedir => {
+            Operation::Releasedir { handle } => {
+                self.entered(handle);
                 self.statistics.count_closed_directory();
                 self.here(reply, 0)
             }

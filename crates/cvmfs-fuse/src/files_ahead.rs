@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cvmfs_format::catalog::EntryKind;
 
 use crate::content::Content;
-use crate::nodes::Node;
+use crate::nodes::{Moment, Node};
 use crate::view::{Listing, View, parent_id};
 
 /// Largest file that is fetched ahead, in bytes.
@@ -52,8 +52,8 @@ struct Watched {
 #[derive(Debug)]
 struct Run {
     directory: u64,
-    /// [`View::changes`] when it began.
-    changes: u64,
+    /// When it began.
+    moment: Moment,
     listing: Arc<Listing>,
     /// Place of the last file that was opened.
     last: usize,
@@ -88,8 +88,8 @@ impl FilesAhead {
         let path = &node.located.path;
         let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
         let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
-        let changes = view.changes();
-        watched.runs.retain(|run| run.changes == changes);
+        let moment = view.moment();
+        watched.runs.retain(|run| run.moment == moment);
         let known = watched.runs.iter().position(|run| run.directory == directory);
         let listing = match known {
             Some(place) => watched.runs.get(place).map(|run| run.listing.clone()),
@@ -103,7 +103,7 @@ impl FilesAhead {
             None => {
                 let in_order = if std::mem::take(&mut watched.is_expecting) { IN_ORDER } else { 0 };
                 let window = FIRST_WINDOW.min(self.most);
-                Run { directory, changes, listing, last: place, in_order, horizon: place + 1, window }
+                Run { directory, moment, listing, last: place, in_order, horizon: place + 1, window }
             }
         };
         let goes_on = match run.step(place, self.most) {
@@ -186,7 +186,15 @@ mod tests {
             attributes: Attributes::default(),
         };
         let listing = Arc::new(Listing { entries: (0..files).map(listed).collect(), parent: 1 });
-        Run { directory: 2, changes: 0, listing, last: 0, in_order: 0, horizon: 1, window: FIRST_WINDOW }
+        Run {
+            directory: 2,
+            moment: Moment::START,
+            listing,
+            last: 0,
+            in_order: 0,
+            horizon: 1,
+            window: FIRST_WINDOW,
+        }
     }
 
     /// Opens the files at `places` and returns those that were fetched ahead of each.

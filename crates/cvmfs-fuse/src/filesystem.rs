@@ -17,13 +17,14 @@ use crate::files_ahead::FilesAhead;
 use crate::handles::Mode;
 use crate::in_flight::InFlight;
 use crate::invalidation::Invalidation;
+use crate::listings::{Directories, Listings};
 use crate::magic;
-use crate::nodes::Node;
+use crate::nodes::{Moment, Node};
 use crate::profile::Profile;
 use crate::protocol::attributes::{Attributes, Lifetime};
 use crate::protocol::handshake::Agreement;
 use crate::protocol::reply::{Channel, Entries, Reply, Sent, Statfs, open_flag};
-use crate::protocol::request::Caller;
+use crate::protocol::request::{Caller, opcode};
 use crate::shared_state::SharedState;
 use crate::slow_lane::SlowLane;
 use crate::statistics::{CallStatistics, Statistics};
@@ -47,6 +48,9 @@ pub(crate) struct Mount {
     pub(crate) statistics: Statistics,
     pub(crate) in_flight: InFlight,
     pub(crate) invalidation: Invalidation,
+    pub(crate) listings: Listings,
+    /// Held by whoever looks for another revision, until all see it.
+    pub(crate) updating: Mutex<()>,
     pub(crate) channel: Arc<Channel>,
     pub(crate) slow: SlowLane,
     ahead: FilesAhead,
@@ -74,11 +78,13 @@ impl Mount {
             content,
             statistics: Statistics::new(settings.instrument),
             settings,
-            state,
             started: Instant::now(),
             in_flight: InFlight::new(channel.clone()),
             invalidation: Invalidation::new(agreement),
+            listings: Listings::new(state.workers()),
+            updating: Mutex::default(),
             channel,
+            state,
             slow: SlowLane::default(),
             is_ending: AtomicBool::new(false),
             statfs: Mutex::default(),
@@ -263,19 +269,19 @@ impl Mount {
         // The kernel may cache listings as long as the revision never changed; afterwards it
         // reads them again, because a directory keeps its node id when its content changes.
         let mut flags = open_flag::CACHE_DIR;
-        if self.view.changes() == 0 {
+        if self.view.moment() == Moment::START {
             flags |= open_flag::KEEP_CACHE;
         }
-        if reply.opened(0, flags, 0) == Sent::Taken {
+        if reply.opened(self.listings.open(), flags, 0) == Sent::Taken {
             self.statistics.count_opened_directory();
         }
     }
 
     pub(crate) fn readdir(&self, id: u64, range: Range, deadline: Deadline, reply: Reply) {
-        let before = self.view.changes();
+        let moment = self.view.moment();
         let listed = self.view.node(id, deadline).and_then(|directory| self.view.list(&directory, deadline));
         // It may have waited for a catalog of a revision that is gone: the kernel would take its names for new ones.
-        let is_current = self.view.changes() == before;
+        let is_current = self.listings.answer(range.handle, id, moment, || self.view.moment());
         match listed {
             Ok(listing) => with_buffer(0, |buffer| {
                 let entries = Entries::new(buffer, range.size);
@@ -285,6 +291,28 @@ impl Mount {
                 reply.data(buffer);
             }),
             Err(error) => reply.error(self.failed("listing", id, None, &error)),
+        }
+    }
+
+    /// A request of a directory handle came: the kernel has entered the names of the last answer.
+    pub(crate) fn entered(&self, handle: u64) {
+        self.listings.entered(handle, self.view.moment(), || self.invalidation.expire_names(&self.channel.0));
+    }
+
+    /// Waits until the kernel has entered all names of earlier revisions, if there are any, and has them looked up again.
+    pub(crate) fn expire_listings(&self) {
+        if !self.invalidation.has_epochs() {
+            // The kernel forgets a name once all are entered, and was told which.
+            return;
+        }
+        let is_delayed = |directories: &Directories| match directories {
+            Directories::Any => self.in_flight.is_waiting(opcode::LOOKUP, |_| true),
+            Directories::These(nodes) => {
+                self.in_flight.is_waiting(opcode::LOOKUP, |node| nodes.contains(&node))
+            }
+        };
+        if self.listings.wait_until_entered(self.view.moment(), is_delayed) {
+            self.invalidation.expire_names(&self.channel.0);
         }
     }
 
@@ -401,6 +429,8 @@ fn unix_now() -> i64 {
 /// What a READDIR asks for.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Range {
+    /// Of the open directory.
+    pub(crate) handle: u64,
     pub(crate) offset: u64,
     pub(crate) size: u32,
     /// With the attributes of each entry.

@@ -165,6 +165,11 @@ impl InFlight {
         self.lock().len()
     }
 
+    /// Whether such a request waits on such a node.
+    pub(crate) fn is_waiting(&self, opcode: u32, is_there: impl Fn(u64) -> bool) -> bool {
+        self.lock().values().any(|ticket| ticket.opcode == opcode && is_there(ticket.node))
+    }
+
     /// Requests whose callers were interrupted.
     pub(crate) fn interrupted(&self) -> u64 {
         self.interrupted.load(Ordering::Relaxed)

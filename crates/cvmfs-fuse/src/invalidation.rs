@@ -26,10 +26,6 @@ const MAX_ABSENCES: usize = 1 << 16;
 /// How long such a kernel may believe in an absence for which there is no room.
 const BRIEF_ABSENCE: Duration = Duration::from_secs(1);
 
-/// When a listing that was answered has been entered by the kernel, nearly always and even on a busy machine.
-const SOON: Duration = Duration::from_millis(50);
-const LATER: Duration = Duration::from_secs(2);
-
 /// A directory and a name that it does not have.
 type Absence = (u64, Box<[u8]>);
 
@@ -110,9 +106,6 @@ impl Invalidation {
                 "some names stay as the kernel knows them until their time is over"
             );
         }
-        if !tell_entries {
-            expire_late_listings(device);
-        }
         tracing::info!(
             entries = told.entries,
             directories = told.directories,
@@ -122,12 +115,17 @@ impl Invalidation {
         );
     }
 
-    /// Has the kernel look up again what a predecessor told it, who may have died between a new revision and its news.
-    pub(crate) fn taken_over(&self, device: impl AsFd) {
-        if self.agreement.has_epochs()
+    /// Whether the kernel can look every name up again.
+    pub(crate) fn has_epochs(&self) -> bool {
+        self.agreement.has_epochs()
+    }
+
+    /// Has the kernel look up again what it was told so far, where it can.
+    pub(crate) fn expire_names(&self, device: impl AsFd) {
+        if self.has_epochs()
             && let Err(error) = notify::next_epoch(device.as_fd())
         {
-            tracing::warn!(%error, "names that a predecessor told stay until their time is over");
+            tracing::warn!(%error, "names of an earlier revision may stay until their time is over");
         }
     }
 
@@ -151,25 +149,6 @@ impl Invalidation {
         let absences = std::mem::take(&mut *self.absences.lock().unwrap_or_else(PoisonError::into_inner));
         let now = Instant::now();
         absences.into_iter().filter(|(_, until)| *until > now).map(|(entry, _)| entry).collect()
-    }
-}
-
-/// The kernel dates a name that it looks up by when it asked, but one that it finds in a listing by when it enters it:
-/// names of a listing that was answered just before the revision changed count as new. They are looked up again.
-fn expire_late_listings(device: BorrowedFd<'_>) {
-    std::thread::sleep(SOON);
-    if let Err(error) = notify::next_epoch(device) {
-        tracing::warn!(%error, "names of listings may stay until their time is over");
-        return;
-    }
-    let Ok(device) = device.try_clone_to_owned() else { return };
-    let later = std::thread::Builder::new().name("cvmfs-epoch".into()).spawn(move || {
-        std::thread::sleep(LATER);
-        // It fails when the mount is gone.
-        let _ = notify::next_epoch(&device);
-    });
-    if let Err(error) = later {
-        tracing::debug!(%error, "no thread for names of late listings");
     }
 }
 

@@ -27,6 +27,7 @@ mod in_flight;
 mod invalidation;
 mod launch;
 pub mod layer_view;
+mod listings;
 mod logging;
 mod magic;
 pub mod metrics;

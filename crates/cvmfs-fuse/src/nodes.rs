@@ -109,6 +109,17 @@ pub struct Node {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Moment(u64);
 
+impl Moment {
+    /// Before the revision changed for the first time.
+    pub const START: Moment = Moment(0);
+
+    /// The one after the next change.
+    #[must_use]
+    pub const fn next(self) -> Moment {
+        Moment(self.0 + 1)
+    }
+}
+
 /// Recently used nodes by id. Bounded; forgetting one is harmless.
 #[derive(Debug, Default)]
 pub struct NodeTable {
@@ -204,7 +215,7 @@ impl NodeTable {
     pub fn clear(&self) {
         let mut generations = self.generations.lock().unwrap_or_else(PoisonError::into_inner);
         let held = std::mem::take(&mut generations.held);
-        let moment = Moment(generations.moment.0 + 1);
+        let moment = generations.moment.next();
         *generations = Generations { held, moment, ..Generations::default() };
     }
 }

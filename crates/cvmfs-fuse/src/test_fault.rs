@@ -1,7 +1,7 @@
 //! Faults on request, for the tests that show that a mount survives them.
 //!
 //! `CVMFS_FUSE_TEST_FAULT=FAULT:NAME` in the environment of the mount makes the look-up of
-//! NAME hang, or kill the worker. `CVMFS_FUSE_TEST_KERNEL=MINOR` pretends an older kernel and
+//! NAME slow (five seconds on the slow lane), or hang, or kill the worker. `CVMFS_FUSE_TEST_KERNEL=MINOR` pretends an older kernel and
 //! `CVMFS_FUSE_TEST_PATIENCE=SECONDS` shortens the watchdog's patience. Nobody else sets them.
 
 use std::sync::OnceLock;
@@ -9,25 +9,34 @@ use std::time::Duration;
 
 use crate::shared_state::SharedState;
 
+/// How long a slow look-up takes.
+const SLOW: Duration = Duration::from_secs(5);
+
 /// Commits the fault if one was asked for this name.
 pub(crate) fn at_lookup(name: &[u8], state: &SharedState) {
+    match fault_of(name) {
+        Some("slow") => std::thread::sleep(SLOW),
+        Some("hang") => std::thread::sleep(Duration::from_secs(3600)),
+        Some("hang-once") if state.workers() == 1 => std::thread::sleep(Duration::from_secs(3600)),
+        Some("abort") => std::process::abort(),
+        Some("panic") => panic!("asked for by the test"),
+        _ => {}
+    }
+}
+
+/// Whether the look-up of the name belongs on the slow lane.
+pub(crate) fn is_slow(name: &[u8]) -> bool {
+    fault_of(name) == Some("slow")
+}
+
+fn fault_of(name: &[u8]) -> Option<&'static str> {
     static FAULT: OnceLock<Option<(String, Vec<u8>)>> = OnceLock::new();
     let fault = FAULT.get_or_init(|| {
         let text = std::env::var("CVMFS_FUSE_TEST_FAULT").ok()?;
         let (fault, name) = text.split_once(':')?;
         Some((fault.to_owned(), name.as_bytes().to_vec()))
     });
-    let Some((fault, wanted)) = fault else { return };
-    if wanted != name {
-        return;
-    }
-    match fault.as_str() {
-        "hang" => std::thread::sleep(Duration::from_secs(3600)),
-        "hang-once" if state.workers() == 1 => std::thread::sleep(Duration::from_secs(3600)),
-        "abort" => std::process::abort(),
-        "panic" => panic!("asked for by the test"),
-        _ => {}
-    }
+    fault.as_ref().filter(|(_, wanted)| wanted == name).map(|(fault, _)| fault.as_str())
 }
 
 /// The minor protocol version that the kernel is taken for.

@@ -2,7 +2,7 @@
 //! through the layer view if it is on. Knows no FUSE replies.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -88,7 +88,6 @@ pub(crate) struct View {
     lookups: Mutex<HashMap<u64, u32>>,
     /// The next directory will be read.
     is_expecting: AtomicBool,
-    changes: AtomicU64,
 }
 
 impl View {
@@ -110,7 +109,6 @@ impl View {
             listings: Mutex::default(),
             lookups: Mutex::default(),
             is_expecting: AtomicBool::new(false),
-            changes: AtomicU64::new(0),
         }
     }
 
@@ -123,14 +121,13 @@ impl View {
         self.layer_view
     }
 
-    /// How often the revision changed since the start of this process.
-    pub(crate) fn changes(&self) -> u64 {
-        self.changes.load(Ordering::SeqCst)
+    /// The present moment: it ends when the revision changes.
+    pub(crate) fn moment(&self) -> Moment {
+        self.nodes.moment()
     }
 
     /// Drops what is remembered of an older revision.
     pub(crate) fn revision_changed(&self) {
-        self.changes.fetch_add(1, Ordering::SeqCst);
         self.nodes.clear();
         self.listings.lock().unwrap_or_else(PoisonError::into_inner).clear();
         self.lookups.lock().unwrap_or_else(PoisonError::into_inner).clear();

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::io::{self, BufRead};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use cvmfs_client::clock::SystemClock;
@@ -135,7 +135,8 @@ fn serve() -> Result<(), Failure> {
     let channel = Arc::new(Channel(device.try_clone()?));
     let mount = Arc::new(Mount::new(view, content, settings.kernel, agreement, state, channel));
     if is_successor {
-        mount.invalidation.taken_over(&device);
+        // The predecessor may have died between a new revision and its news.
+        mount.invalidation.expire_names(&device);
     }
     let (stop, stopped) = mpsc::channel();
     let observers =
@@ -299,9 +300,12 @@ fn follow(mount: Arc<Mount>, device: OwnedFd, stopped: mpsc::Receiver<()>) -> st
 
 /// Looks for a newer revision now; on a change the kernel is told what differs.
 pub(crate) fn refresh(mount: &Mount, device: &OwnedFd) -> Result<Refreshed, ClientError> {
+    // One after the other: what the second finds in use must be in use for everybody.
+    let _turn = mount.updating.lock().unwrap_or_else(PoisonError::into_inner);
     let old = mount.view.repository().snapshot();
     let outcome = mount.view.repository().refresh(Deadline::after(REFRESH_DEADLINE))?;
     revision_changed(mount, device, &old);
+    mount.expire_listings();
     Ok(outcome)
 }
 
@@ -311,9 +315,11 @@ pub(crate) fn switch_root(
     device: &OwnedFd,
     root: ContentHash,
 ) -> Result<Refreshed, ClientError> {
+    let _turn = mount.updating.lock().unwrap_or_else(PoisonError::into_inner);
     let old = mount.view.repository().snapshot();
     let outcome = mount.view.repository().switch_root(root, Deadline::after(REFRESH_DEADLINE))?;
     revision_changed(mount, device, &old);
+    mount.expire_listings();
     Ok(outcome)
 }
 

@@ -21,6 +21,7 @@
 //! | [`mod@check`] | verification of a whole repository |
 //! | [`allocator`] | what programs that publish set before anything else |
 //! | [`serve`] | a static HTTP server for trials |
+//! | [`layer_service`] | publishes the layers that engines leave in a bucket |
 
 pub mod allocator;
 mod apply;
@@ -34,9 +35,11 @@ pub mod diff;
 mod dirtab;
 pub mod error;
 pub mod head;
+mod http_server;
 mod ingest;
 mod interrupt;
 pub mod keys;
+pub mod layer_service;
 mod path;
 mod pipeline;
 mod publisher;

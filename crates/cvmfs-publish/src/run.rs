@@ -1,18 +1,20 @@
 //! The verbs: from parsed arguments to the library and its results to the terminal.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bucket::{LayerBucket, LayerServiceConfig};
 use cvmfs_format::signature::MasterKeys;
 use cvmfs_publish::check::{CheckOptions, CheckReport};
 use cvmfs_publish::collect::CollectOptions;
 use cvmfs_publish::diff::{self, Change, ChangeKind};
 use cvmfs_publish::head::Head;
 use cvmfs_publish::keys::{KeyFiles, read_public};
+use cvmfs_publish::layer_service::{LayerService, LayerServiceOptions};
 use cvmfs_publish::replicate::ReplicateOptions;
 use cvmfs_publish::revisions::{self, Info, TagInfo};
 use cvmfs_publish::serve::Server;
@@ -24,8 +26,8 @@ use cvmfs_publish::{
 use serde::Serialize;
 
 use crate::cli::{
-    Check, Cli, Diff, Gc, Ingest, Input, Mkfs, Reading, Replicate, Resign, Serve, Since, Source, TagVerb,
-    Verb, Writing,
+    Check, Cli, Diff, Gc, Ingest, Input, LayerService as LayerServiceArguments, Mkfs, Reading, Replicate,
+    Resign, Serve, Since, Source, TagVerb, Verb, Writing,
 };
 use crate::progress::Progress;
 use crate::signals;
@@ -56,6 +58,7 @@ pub(crate) fn run(cli: Cli) -> Result<bool, PublishError> {
         Verb::Check(arguments) => return check(arguments, json),
         Verb::Replicate(arguments) => replicate(&arguments, json)?,
         Verb::Serve(arguments) => serve(&arguments)?,
+        Verb::LayerService(arguments) => layer_service(arguments)?,
     }
     Ok(true)
 }
@@ -503,6 +506,68 @@ fn serve(arguments: &Serve) -> Result<(), PublishError> {
         }
         Ok(())
     })
+}
+
+fn layer_service(arguments: LayerServiceArguments) -> Result<(), PublishError> {
+    let invalid = |error: bucket::connection::InvalidLocation| PublishError::Usage(error.to_string());
+    let bucket = match (&arguments.bucket, &arguments.bucket_config) {
+        (_, Some(file)) => {
+            let config =
+                LayerServiceConfig::read(file).map_err(|error| PublishError::Usage(error.to_string()))?;
+            let fqrn = &arguments.repository.place.fqrn;
+            if config.repository != *fqrn {
+                return Err(PublishError::Usage(format!(
+                    "{}: CvmfsRepo is {}, but the layers shall go into {fqrn}",
+                    file.display(),
+                    config.repository
+                )));
+            }
+            LayerBucket::of_config(&config).map_err(invalid)?
+        }
+        (location, None) => LayerBucket::open(location.as_deref().unwrap_or_default()).map_err(invalid)?,
+    };
+    let token = match &arguments.token_file {
+        Some(file) => Some(read_token(file)?),
+        None => None,
+    };
+    let Writing { place, keys, lock_wait } = arguments.repository;
+    let options = LayerServiceOptions {
+        fqrn: place.fqrn,
+        storage: place.storage,
+        keys,
+        bucket,
+        base: arguments.base,
+        watch: (!arguments.watch.is_zero()).then_some(arguments.watch.max(Duration::from_secs(1))),
+        lock_wait: Duration::from_secs(lock_wait),
+        max_layer: arguments.max_layer,
+        token,
+        clock: cvmfs_publish::system_clock,
+    };
+    let failed = |source| PublishError::Local { action: "watch", path: "signals".into(), source };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(failed)?;
+    runtime.block_on(async {
+        let stopped = signals::stopped().map_err(failed)?;
+        let service = LayerService::start(&arguments.listen, options).await?;
+        write_out(&format!("listening on http://{}", service.local_addr()?))?;
+        service.run(stopped).await;
+        Ok::<(), PublishError>(())
+    })?;
+    // A thread that waits for a silent bucket must not keep the process alive.
+    runtime.shutdown_background();
+    Ok(())
+}
+
+/// The first line of a small file.
+fn read_token(file: &Path) -> Result<String, PublishError> {
+    const MAX_TOKEN: u64 = 4096;
+    let failed = |source| PublishError::Local { action: "read", path: file.to_owned(), source };
+    let mut text = String::new();
+    File::open(file).map_err(failed)?.take(MAX_TOKEN).read_to_string(&mut text).map_err(failed)?;
+    let token = text.lines().next().unwrap_or_default().trim();
+    if token.is_empty() {
+        return Err(PublishError::Usage(format!("{}: the token is empty", file.display())));
+    }
+    Ok(token.to_owned())
 }
 
 fn print(json: bool, report: &impl Serialize, text: impl FnOnce() -> String) -> Result<(), PublishError> {

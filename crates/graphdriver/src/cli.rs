@@ -12,6 +12,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::options::MountMethod;
 use crate::plugin::{MountsFactory, Plugin};
+use crate::publishing::Publishing;
 use crate::repositories::{ClientMounts, ClientOptions, ExternalMounts};
 use crate::{keeper, server};
 
@@ -21,7 +22,9 @@ const PLUGIN_SOCKET: &str = "/run/docker/plugins/plugin.sock";
 const PLUGIN_MOUNT: &str = "/mnt";
 /// Where the plugin sees the host's CernVM-FS configuration.
 const PLUGIN_CONFIG: &str = "/cvmfs_ext_config";
-/// The same on a host.
+/// Where the plugin sees the configuration of the layer service.
+const PLUGIN_LAYER_SERVICE: &str = "/minio_ext_config";
+/// The configuration of CernVM-FS on a host.
 const HOST_CONFIG: &str = "/etc/cvmfs";
 /// State of the plugin below the propagated mount.
 const STATE_DIRECTORY: &str = ".cvmfs-graphdriver";
@@ -85,6 +88,10 @@ struct ServeOptions {
     /// [default: /cvmfs_ext_config if it exists, else /etc/cvmfs]
     #[arg(long, value_name = "DIR")]
     config: Option<PathBuf>,
+    /// Directory with the config.json that says where the changes of committed containers of thin images are published
+    /// [default: /minio_ext_config if it exists, else the CernVM-FS configuration]
+    #[arg(long, value_name = "DIR")]
+    layer_service: Option<PathBuf>,
     /// The socket is standard input, bound by the process that started this one.
     #[arg(long, hide = true)]
     inherited_socket: bool,
@@ -146,7 +153,11 @@ fn serve(options: &ServeOptions, log_json: bool) -> Result<()> {
         server::bind(&options.socket)
             .with_context(|| format!("cannot listen on {}", options.socket.display()))?
     };
-    let plugin = Arc::new(Plugin::start(&state_directory(options), mounts(options, log_json)));
+    let plugin = Arc::new(Plugin::start(
+        &state_directory(options),
+        mounts(options, log_json),
+        Publishing::new(&layer_service_directory(options)),
+    ));
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start")?;
     runtime.block_on(async {
         let listener = tokio::net::UnixListener::from_std(listener)?;
@@ -203,11 +214,22 @@ fn state_directory(options: &ServeOptions) -> PathBuf {
     }
 }
 
-fn mounts(options: &ServeOptions, log_json: bool) -> MountsFactory {
-    let config = options.config.clone().unwrap_or_else(|| {
+fn config_directory(options: &ServeOptions) -> PathBuf {
+    options.config.clone().unwrap_or_else(|| {
         let of_plugin = Path::new(PLUGIN_CONFIG);
         if of_plugin.is_dir() { of_plugin.to_owned() } else { PathBuf::from(HOST_CONFIG) }
-    });
+    })
+}
+
+fn layer_service_directory(options: &ServeOptions) -> PathBuf {
+    options.layer_service.clone().unwrap_or_else(|| {
+        let of_plugin = Path::new(PLUGIN_LAYER_SERVICE);
+        if of_plugin.is_dir() { of_plugin.to_owned() } else { config_directory(options) }
+    })
+}
+
+fn mounts(options: &ServeOptions, log_json: bool) -> MountsFactory {
+    let config = config_directory(options);
     // Not in the plugin's root file system, which an upgrade replaces.
     let cache = (options.propagated_mount.is_some() || is_managed(options))
         .then(|| state_directory(options).join("cache"));

@@ -5,6 +5,7 @@
 //! relatives hold no lock while they work.
 
 mod changes;
+mod commit;
 mod content;
 mod mounting;
 mod status;
@@ -24,6 +25,7 @@ use crate::mounts;
 use crate::options::{DriverOptions, OptionError, check_layer_options};
 use crate::plugin::MountsFactory;
 use crate::protocol::{CreateRequest, IdMapEntry, InitRequest};
+use crate::publishing::{Publishing, PublishingError};
 use crate::repositories::{Repositories, RepositoryError};
 use crate::store::{LayerStore, Owner, StoreError};
 
@@ -37,6 +39,7 @@ pub struct Driver {
     /// How this kernel mounts overlays.
     overlays: overlay::mount::Support,
     repositories: Repositories,
+    publishing: Publishing,
     locks: KeyedLocks<LayerId>,
     /// References per layer, as far as this process has seen the layer.
     references: Mutex<HashMap<LayerId, u32>>,
@@ -101,6 +104,18 @@ pub enum DriverError {
         #[source]
         cause: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// A container's changes could not be published.
+    #[error(
+        "container {id} cannot be committed as a thin image: {cause}; nothing was lost, the commit can be repeated \
+         (cvmfsCommitFallback=diff makes ordinary layers instead)"
+    )]
+    Commit {
+        /// The container.
+        id: LayerId,
+        /// Why not.
+        #[source]
+        cause: Box<PublishingError>,
+    },
     /// A stream to or from the engine broke.
     #[error("the connection to the engine broke: {0}")]
     Stream(#[source] io::Error),
@@ -127,7 +142,11 @@ impl Driver {
     ///
     /// # Errors
     /// The first thing that is wrong with the request or the host.
-    pub fn open(init: &InitRequest, repository_mounts: &MountsFactory) -> Result<Self, DriverError> {
+    pub fn open(
+        init: &InitRequest,
+        repository_mounts: &MountsFactory,
+        publishing: &Publishing,
+    ) -> Result<Self, DriverError> {
         let options = DriverOptions::parse(&init.options)?;
         let home = absolute(&init.home)?;
         let owner = Owner { uid: root_on_host(&init.uid_maps)?, gid: root_on_host(&init.gid_maps)? };
@@ -137,6 +156,7 @@ impl Driver {
             backing: status::file_system_name(&home),
             overlays: overlay::mount::probe()?,
             repositories: Repositories::new(repository_mounts(&home, options.mount_method)),
+            publishing: publishing.clone(),
             store,
             options,
             id_maps: IdMaps { users: id_map(&init.uid_maps), groups: id_map(&init.gid_maps) },

@@ -23,6 +23,7 @@ mod mounts;
 pub mod options;
 pub mod plugin;
 pub mod protocol;
+pub mod publishing;
 pub mod repositories;
 pub mod server;
 pub mod store;

@@ -1,6 +1,7 @@
 //! `storage-opts` of the engine (graph driver plugin §10).
 
 use std::str::FromStr;
+use std::time::Duration;
 
 /// Who mounts the repositories.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -12,11 +13,38 @@ pub enum MountMethod {
     External,
 }
 
-/// Options of the driver, from `GraphDriver.Init`.
+/// What becomes of a commit that cannot be published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CommitFallback {
+    /// It fails.
+    #[default]
+    Error,
+    /// It makes an ordinary layer.
+    Diff,
+}
+
+/// How long a commit waits for the layer service, unless `cvmfsCommitTimeout` says otherwise.
+const COMMIT_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// Options of the driver, from `GraphDriver.Init`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DriverOptions {
     /// `cvmfsMountMethod`.
     pub mount_method: MountMethod,
+    /// `cvmfsCommitFallback`.
+    pub commit_fallback: CommitFallback,
+    /// `cvmfsCommitTimeout`.
+    pub commit_timeout: Duration,
+}
+
+impl Default for DriverOptions {
+    fn default() -> Self {
+        Self {
+            mount_method: MountMethod::default(),
+            commit_fallback: CommitFallback::default(),
+            commit_timeout: COMMIT_TIMEOUT,
+        }
+    }
 }
 
 /// An option that cannot be honoured.
@@ -27,8 +55,8 @@ pub enum OptionError {
     NoValue(String),
     /// No option of this driver.
     #[error(
-        "unknown storage option {0:?}; this driver has cvmfsMountMethod=internal|external and \
-         overlay2.override_kernel_check=true|false"
+        "unknown storage option {0:?}; this driver has cvmfsMountMethod=internal|external, \
+         cvmfsCommitFallback=error|diff, cvmfsCommitTimeout=SECONDS and overlay2.override_kernel_check=true|false"
     )]
     Unknown(String),
     /// A value that the option does not take.
@@ -62,6 +90,8 @@ impl DriverOptions {
             let (key, value) = (key.trim(), value.trim());
             match key.to_ascii_lowercase().as_str() {
                 "cvmfsmountmethod" => parsed.mount_method = value.parse()?,
+                "cvmfscommitfallback" => parsed.commit_fallback = value.parse()?,
+                "cvmfscommittimeout" => parsed.commit_timeout = seconds("cvmfsCommitTimeout", value)?,
                 "overlay2.override_kernel_check" => check_boolean("overlay2.override_kernel_check", value)?,
                 "overlay2.size" => return Err(OptionError::SizeUnsupported("overlay2.size")),
                 _ => return Err(OptionError::Unknown(key.to_owned())),
@@ -84,6 +114,33 @@ impl FromStr for MountMethod {
                 expected: "internal or external",
             }),
         }
+    }
+}
+
+impl FromStr for CommitFallback {
+    type Err = OptionError;
+
+    fn from_str(value: &str) -> Result<Self, OptionError> {
+        match value.to_ascii_lowercase().as_str() {
+            "error" => Ok(Self::Error),
+            "diff" => Ok(Self::Diff),
+            _ => Err(OptionError::BadValue {
+                key: "cvmfsCommitFallback",
+                value: value.to_owned(),
+                expected: "error or diff",
+            }),
+        }
+    }
+}
+
+fn seconds(key: &'static str, value: &str) -> Result<Duration, OptionError> {
+    match value.parse() {
+        Ok(seconds @ 1..=86_400) => Ok(Duration::from_secs(seconds)),
+        _ => Err(OptionError::BadValue {
+            key,
+            value: value.to_owned(),
+            expected: "a number of seconds from 1 to 86400",
+        }),
     }
 }
 
@@ -121,6 +178,9 @@ mod tests {
         let parsed = parse(&["CVMFSMOUNTMETHOD=External", "overlay2.override_kernel_check=true"]).unwrap();
         assert_eq!(parsed.mount_method, MountMethod::External);
         assert_eq!(parse(&[]).unwrap().mount_method, MountMethod::Internal);
+        let parsed = parse(&["cvmfsCommitFallback=diff", "cvmfsCommitTimeout=90"]).unwrap();
+        assert_eq!(parsed.commit_fallback, CommitFallback::Diff);
+        assert_eq!(parsed.commit_timeout, Duration::from_secs(90));
     }
 
     #[test]
@@ -128,6 +188,9 @@ mod tests {
         for (option, named) in [
             ("dm.basesize=10G", "dm.basesize"),
             ("cvmfsMountMethod=both", "both"),
+            ("cvmfsCommitFallback=maybe", "maybe"),
+            ("cvmfsCommitTimeout=0", "cvmfsCommitTimeout"),
+            ("cvmfsCommitTimeout=soon", "soon"),
             ("overlay2.override_kernel_check=maybe", "maybe"),
             ("overlay2.size=10G", "overlay2.size"),
             ("lonely", "lonely"),

@@ -12,6 +12,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use crate::driver::{Driver, DriverError};
 use crate::options::MountMethod;
 use crate::protocol::InitRequest;
+use crate::publishing::Publishing;
 use crate::repositories::RepositoryMounts;
 
 /// Makes what mounts repositories for a store at the given `Home`.
@@ -24,6 +25,7 @@ const MAX_STATE_BYTES: u64 = 1 << 20;
 pub struct Plugin {
     state: PathBuf,
     mounts: MountsFactory,
+    publishing: Publishing,
     driver: RwLock<Option<Arc<Driver>>>,
 }
 
@@ -39,8 +41,9 @@ impl std::fmt::Debug for Plugin {
 impl Plugin {
     /// A plugin that keeps its state in `state_directory`. If an earlier process was
     /// initialised, so is this one.
-    pub fn start(state_directory: &Path, mounts: MountsFactory) -> Self {
-        let plugin = Self { state: state_directory.join("init.json"), mounts, driver: RwLock::new(None) };
+    pub fn start(state_directory: &Path, mounts: MountsFactory, publishing: Publishing) -> Self {
+        let state = state_directory.join("init.json");
+        let plugin = Self { state, mounts, publishing, driver: RwLock::new(None) };
         match read_state(&plugin.state) {
             Ok(None) => {}
             Ok(Some(init)) => match plugin.set_up(&init) {
@@ -81,7 +84,7 @@ impl Plugin {
     }
 
     fn set_up(&self, init: &InitRequest) -> Result<(), DriverError> {
-        let driver = Arc::new(Driver::open(init, &self.mounts)?);
+        let driver = Arc::new(Driver::open(init, &self.mounts, &self.publishing)?);
         *self.driver.write().unwrap_or_else(PoisonError::into_inner) = Some(driver);
         Ok(())
     }

@@ -38,11 +38,14 @@ pub(crate) enum Operation<'a> {
     },
     Opendir,
     Readdir {
+        handle: u64,
         offset: u64,
         size: u32,
         plus: bool,
     },
-    Releasedir,
+    Releasedir {
+        handle: u64,
+    },
     Statfs,
     Getxattr {
         name: &'a [u8],
@@ -202,11 +205,11 @@ fn operation(number: u32, mut fields: Fields<'_>) -> Option<Operation<'_>> {
         opcode::RELEASE => Operation::Release { handle: fields.u64()? },
         opcode::OPENDIR => Operation::Opendir,
         opcode::READDIR | opcode::READDIRPLUS => {
-            let _handle = fields.u64()?;
+            let handle = fields.u64()?;
             let plus = number == opcode::READDIRPLUS;
-            Operation::Readdir { offset: fields.u64()?, size: fields.u32()?, plus }
+            Operation::Readdir { handle, offset: fields.u64()?, size: fields.u32()?, plus }
         }
-        opcode::RELEASEDIR => Operation::Releasedir,
+        opcode::RELEASEDIR => Operation::Releasedir { handle: fields.u64()? },
         opcode::STATFS => Operation::Statfs,
         opcode::GETXATTR => {
             let size = fields.u32()?;

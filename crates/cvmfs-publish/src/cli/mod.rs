@@ -72,6 +72,8 @@ pub(crate) enum Verb {
     Replicate(Replicate),
     /// Serve a directory over HTTP for trials (no TLS; first line on standard output: its address; access log as JSON lines on standard error)
     Serve(Serve),
+    /// Publish the layers that container engines leave in a bucket, and tell them when that is done (first line on standard output: its address)
+    LayerService(LayerService),
 }
 
 /// A repository and its place.
@@ -390,6 +392,44 @@ pub(crate) struct Serve {
     pub(crate) directory: PathBuf,
 }
 
+/// Engines with the graph driver plugin put what a container of a thin image changed into a bucket when it is committed,
+/// and ask here until it is in the repository. Layers become known by event notifications of the store (POST /), by the
+/// engines' questions (GET /status/KEY), and by looking into the bucket. GET /healthz and /metrics tell how it goes.
+///
+/// Ends with SIGTERM; what was not published is published after the next start.
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("source").args(["bucket", "bucket_config"]).required(true)))]
+#[command(after_help = "\
+Example, with the bucket of a minio server on this machine and the keys of its user in AWS_ACCESS_KEY_ID and
+AWS_SECRET_ACCESS_KEY:
+  AWS_ENDPOINT_URL=http://localhost:9000 cvmfs-publish layer-service repo.example.org \\
+    --storage /srv/cvmfs/repo.example.org --keys /etc/cvmfs/keys --bucket s3://layers")]
+pub(crate) struct LayerService {
+    #[command(flatten)]
+    pub(crate) repository: Writing,
+    /// Where the layers are left: s3://BUCKET with endpoint and keys from AWS_* variables, or a directory
+    #[arg(long, value_name = "BUCKET")]
+    pub(crate) bucket: Option<String>,
+    /// The same as a config.json of the plugin (minio_ext_config)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) bucket_config: Option<PathBuf>,
+    /// Address and port; port 0 takes a free one
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:3000")]
+    pub(crate) listen: String,
+    /// Directory of the repository in which each layer gets its own
+    #[arg(long, value_name = "PATH", default_value = bucket::config::DEFAULT_BUCKET)]
+    pub(crate) base: String,
+    /// Look into the bucket this often; 0 only at the start
+    #[arg(long, value_name = "AGE", default_value = "60s", value_parser = parse_age)]
+    pub(crate) watch: Duration,
+    /// Largest layer as it lies in the bucket, in bytes, K, M or G
+    #[arg(long, value_name = "SIZE", default_value = "64G", value_parser = parse_size)]
+    pub(crate) max_layer: u64,
+    /// File with the token that event notifications must show (Authorization: Bearer TOKEN)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+}
+
 /// A level, or directives `TARGET=LEVEL` with commas between them. A bare word that is no level would be taken for
 /// the name of a module, and everything else be silent.
 fn parse_log_level(text: &str) -> Result<String, String> {
@@ -434,6 +474,20 @@ fn parse_age(text: &str) -> Result<Duration, String> {
     };
     let count: u32 = digits.parse().map_err(|_| "expected a number with a unit, such as 3d".to_owned())?;
     Ok(Duration::from_secs(u64::from(count) * unit))
+}
+
+/// `4096`, `64K`, `5M`, `2G`.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
+    let shift = match &text[digits.len()..] {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        _ => return Err("expected a number of bytes, K, M or G, such as 2G".to_owned()),
+    };
+    let count: u32 = digits.parse().map_err(|_| "expected a number with a unit, such as 2G".to_owned())?;
+    Ok(u64::from(count) << shift)
 }
 
 fn parse_since(text: &str) -> Result<Since, String> {

@@ -16,27 +16,17 @@
 mod files;
 mod log;
 
-use std::convert::Infallible;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::net::TcpListener;
 
 use crate::error::PublishError;
+use crate::http_server;
 use files::Files;
 use log::AccessLog;
-
-/// Connections served at the same time; further ones wait in the kernel's queue.
-const MAX_CONNECTIONS: usize = 1024;
-/// A client must send its request headers within this time, also on an idle keep-alive connection.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A server bound to its address, not yet answering.
 #[derive(Debug)]
@@ -61,47 +51,17 @@ impl Server {
     /// Answers requests until the returned future is dropped.
     pub async fn run(self, access_log: impl Write + Send + 'static) {
         let log = Arc::new(AccessLog::start(access_log));
-        let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        loop {
-            let Ok(slot) = slots.clone().acquire_owned().await else { return };
-            match self.listener.accept().await {
-                Ok((stream, peer)) => {
-                    let (files, log) = (self.files.clone(), log.clone());
-                    tokio::spawn(async move {
-                        converse(stream, peer, files, log).await;
-                        drop(slot);
-                    });
-                }
-                Err(error) => {
-                    // out of descriptors, or a connection that was reset while queued: pause and go on
-                    tracing::warn!(%error, "cannot accept a connection");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
+        let files = self.files;
+        let answer = move |request, peer| {
+            let (files, log) = (files.clone(), log.clone());
+            async move {
+                let started = std::time::Instant::now();
+                let (response, sent) = files.answer(&request).await;
+                log.record(&request, &response, sent, peer, started.elapsed());
+                response
             }
-        }
-    }
-}
-
-async fn converse(stream: TcpStream, peer: SocketAddr, files: Arc<Files>, log: Arc<AccessLog>) {
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(%error, "cannot set TCP_NODELAY");
-    }
-    let answer = service_fn(|request| {
-        let (files, log) = (files.clone(), log.clone());
-        async move {
-            let started = std::time::Instant::now();
-            let (response, sent) = files.answer(&request).await;
-            log.record(&request, &response, sent, peer, started.elapsed());
-            Ok::<_, Infallible>(response)
-        }
-    });
-    let served = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_TIMEOUT)
-        .serve_connection(TokioIo::new(stream), answer)
-        .await;
-    if let Err(error) = served {
-        tracing::debug!(%peer, %error, "connection ended");
+        };
+        http_server::serve(self.listener, answer).await;
     }
 }
 

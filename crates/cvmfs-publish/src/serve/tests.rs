@@ -5,6 +5,8 @@ use std::net::TcpStream;
 use std::os::unix::fs::symlink;
 use std::sync::{Arc, Mutex};
 
+use std::time::Duration;
+
 use super::*;
 
 #[derive(Clone, Default)]

@@ -5,15 +5,13 @@
 
 use std::io::{self, Read};
 use std::path::PathBuf;
-use std::sync::mpsc;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bucket::network::{self, Pieces};
 use cvmfs_format::ObjectName;
 use futures_util::StreamExt;
 use reqwest::{Client, Method, Response, StatusCode};
 
-use super::remote::{self, Pieces};
 use super::{Put, Storage, StorageError, StorageLock, StoredObject, read_bounded, temporary_directory};
 
 /// Attempts of one request, with pauses that double.
@@ -21,8 +19,6 @@ const ATTEMPTS: u32 = 5;
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// Requests at the same time that a web server does not mind.
 const PARALLEL: usize = 16;
-/// Pieces of an answer that are read ahead of its reader.
-const READ_AHEAD: usize = 8;
 
 /// A repository at a URL such as `http://stratum0.example.org/cvmfs/test.example.org`.
 #[derive(Debug)]
@@ -39,7 +35,7 @@ impl Http {
         if parsed.query().is_some() || parsed.fragment().is_some() {
             return Err(invalid("has a query or a fragment, which no storage has".to_owned()));
         }
-        let client = remote::http_client().map_err(|error| invalid(error.to_string()))?;
+        let client = network::http_client().map_err(|error| invalid(error.to_string()))?;
         Ok(Http { client, url: url.trim_end_matches('/').to_owned() })
     }
 
@@ -54,7 +50,7 @@ impl Http {
         let mut pause = FIRST_PAUSE;
         for attempt in 1.. {
             let request = self.client.request(method.clone(), &url);
-            let answer = remote::wait(async move { request.send().await })
+            let answer = network::wait(async move { request.send().await })
                 .map_err(|error| failed(error.to_string()))?;
             let reason = match answer {
                 Ok(answer) if answer.status() == StatusCode::OK => return Ok(Some(answer)),
@@ -85,23 +81,12 @@ impl Http {
     }
 
     fn body(&self, name: &str, answer: Response) -> Result<Pieces, StorageError> {
-        let (pieces, received) = mpsc::sync_channel(READ_AHEAD);
-        let mut stream = answer.bytes_stream();
-        let runtime = remote::runtime().map_err(|source| StorageError::Io {
+        let body = answer.bytes_stream().map(|piece| piece.map_err(reqwest::Error::without_url));
+        Pieces::of(body).map_err(|source| StorageError::Io {
             action: "open",
             path: self.url_of(name),
             source,
-        })?;
-        runtime.spawn(async move {
-            while let Some(piece) = stream.next().await {
-                let piece = piece.map_err(|error| io::Error::other(error.without_url()));
-                // a full channel must not block a thread of the runtime
-                if tokio::task::block_in_place(|| pieces.send(piece)).is_err() {
-                    return;
-                }
-            }
-        });
-        Ok(Pieces { received, piece: Bytes::new() })
+        })
     }
 }
 

@@ -15,7 +15,6 @@
 mod directory;
 mod http;
 mod known;
-mod remote;
 mod s3;
 
 use std::fmt::Debug;
@@ -24,6 +23,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use bucket::connection::InvalidLocation;
 use cvmfs_format::ObjectName;
 
 pub use directory::Directory;
@@ -181,6 +181,12 @@ pub enum StorageError {
         /// How long was waited.
         seconds: u64,
     },
+}
+
+impl From<InvalidLocation> for StorageError {
+    fn from(invalid: InvalidLocation) -> StorageError {
+        StorageError::InvalidLocation { location: invalid.location, reason: invalid.reason }
+    }
 }
 
 impl StorageError {

@@ -16,7 +16,6 @@ mod replicate;
 mod revisions;
 mod round_trip;
 mod s3;
-mod s3_server;
 mod support;
 mod takeover;
 mod tar;

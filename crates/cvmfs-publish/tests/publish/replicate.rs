@@ -9,10 +9,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::round_trip::noise;
-use crate::s3_server::{BUCKET, S3Server};
 use crate::support::{Repository, assert_equal_trees, expect_success};
 use crate::takeover::take_over;
 use crate::tar::Tar;
+use s3_testkit::s3_server::{BUCKET, S3Server};
 
 /// `cvmfs-publish serve`, until it is dropped.
 struct Served {
@@ -248,7 +248,7 @@ fn a_replica_can_be_in_a_bucket() {
     let source = Repository::create(&[]);
     publish(&source, 8);
     let served = Served::start(&source.storage);
-    let server = S3Server::start(true);
+    let server = S3Server::start(true).unwrap();
     let place = format!("s3://{BUCKET}/{}", source.fqrn);
     let in_bucket = Repository::at(&source.fqrn, place.as_ref(), &source.keys);
     for _ in 0..2 {

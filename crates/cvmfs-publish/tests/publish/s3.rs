@@ -11,9 +11,9 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::round_trip::noise;
-use crate::s3_server::{BUCKET, Faults, S3Server};
 use crate::support::{Repository, assert_equal_trees, expect_success};
 use crate::tar::Tar;
+use s3_testkit::s3_server::{BUCKET, Faults, S3Server};
 
 const FQRN: &str = "test.example.org";
 
@@ -25,7 +25,7 @@ struct Bucket {
 
 impl Bucket {
     fn create(signed: bool, options: &[&str]) -> Bucket {
-        let bucket = Bucket { server: S3Server::start(signed), keys: tempfile::tempdir().unwrap() };
+        let bucket = Bucket { server: S3Server::start(signed).unwrap(), keys: tempfile::tempdir().unwrap() };
         bucket.ok("mkfs", options);
         bucket
     }
@@ -208,7 +208,7 @@ fn a_manifest_that_was_written_without_an_answer_counts() {
 
 #[test]
 fn a_store_without_conditional_writes_is_refused_unless_there_is_one_publisher_only() {
-    let server = S3Server::start(false);
+    let server = S3Server::start(false).unwrap();
     let bucket = Bucket { server, keys: tempfile::tempdir().unwrap() };
     bucket.server.break_with(Faults { unconditional: true, ..Faults::default() });
     let output = bucket.command("mkfs", &[]).output().unwrap();

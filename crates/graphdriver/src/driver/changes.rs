@@ -16,16 +16,20 @@ use crate::layer_id::LayerId;
 use crate::protocol::Change;
 
 impl Driver {
-    /// `Diff`: writes what `id` adds to `parent` as an archive.
+    /// `Diff`: writes what `id` adds to `parent` as an archive. For a commit of a container of a thin image the archive
+    /// holds a descriptor, if layers can be published.
     ///
     /// # Errors
-    /// [`DriverError::Content`], [`DriverError::Store`], [`DriverError::Repository`].
+    /// [`DriverError::Content`], [`DriverError::Store`], [`DriverError::Repository`], [`DriverError::Commit`].
     pub fn diff(
         &self,
         id: &LayerId,
         parent: Option<&LayerId>,
         out: &mut dyn Write,
     ) -> Result<(), DriverError> {
+        if let Some(archive) = self.commit_as_thin(id, parent)? {
+            return out.write_all(&archive).map_err(DriverError::Stream);
+        }
         let options = DiffOptions { ids: self.id_maps.clone(), ..DiffOptions::default() };
         let written = if self.store.is_parent(id, parent)? {
             diff(&self.store.diff_directory(id), out, &options)

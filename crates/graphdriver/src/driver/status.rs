@@ -22,6 +22,12 @@ impl Driver {
                 },
             ),
         ];
+        let commits = match self.publishing.config() {
+            Ok(Some(config)) => format!("by way of {} into {}", config.place(), config.repository),
+            Ok(None) => "as ordinary layers (no config.json)".to_owned(),
+            Err(error) => format!("not possible: {error}"),
+        };
+        rows.push(row("Commits on thin images", &commits));
         if self.in_user_namespace() {
             let effect = "of files in thin images are not mapped (they show as the host's ids)";
             rows.push(row("User namespace", &format!("owners {effect}")));

@@ -42,7 +42,7 @@ impl<E: std::error::Error> From<E> for CallError {
 }
 
 /// The message and those of its causes that it does not repeat: the engine shows one line.
-fn with_causes(error: &dyn std::error::Error) -> String {
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
     let mut message = error.to_string();
     let mut cause = error.source();
     while let Some(next) = cause {

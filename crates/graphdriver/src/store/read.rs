@@ -73,6 +73,31 @@ impl LayerStore {
         Ok(parent.is_some_and(|parent| top == Lower::Layer(parent.clone())))
     }
 
+    /// What the layer was created on, if anything.
+    ///
+    /// # Errors
+    /// As [`LayerStore::lowers`].
+    pub fn parent(&self, id: &LayerId) -> Result<Option<LayerId>, StoreError> {
+        self.require(id)?;
+        let recorded = match self.read(id, "parent")? {
+            Some(recorded) => Some((recorded, "parent")),
+            None => self.read(id, "thin_parent")?.map(|recorded| (recorded, "thin_parent")),
+        };
+        if let Some((recorded, name)) = recorded {
+            let recorded = recorded.trim();
+            return match recorded {
+                "" => Ok(None),
+                recorded => recorded.parse().map(Some).map_err(|_| self.damaged(id, name)),
+            };
+        }
+        // A layer made by overlay2 or by the Go plugin, whose thin layers had no parents.
+        let top = self.lower_entries(id)?.into_iter().next();
+        match top.map(|top| top.resolve(self.home())).transpose()? {
+            Some(Lower::Layer(parent)) => Ok(Some(parent)),
+            _ => Ok(None),
+        }
+    }
+
     /// Links of the directories below the layer.
     pub(super) fn lower_entries(&self, id: &LayerId) -> Result<Vec<LinkName>, StoreError> {
         let Some(text) = self.read(id, "lower")? else {

@@ -45,6 +45,21 @@ impl LayerStore {
         self.is_thin_of_the_go_plugin(id)
     }
 
+    /// The descriptor of a thin layer; none if the layer is not thin.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`], [`StoreError::Descriptor`].
+    pub fn descriptor(&self, id: &LayerId) -> Result<Option<ThinImage>, StoreError> {
+        if !self.is_thin(id)? {
+            return Ok(None);
+        }
+        match self.classify(id)? {
+            LayerClass::Thin(image) => Ok(Some(image)),
+            LayerClass::Ordinary => Ok(None),
+            LayerClass::Refused(cause) => Err(StoreError::Descriptor { id: id.clone(), cause }),
+        }
+    }
+
     /// The Go plugin kept no mark. Its thin layers hold the descriptor, and their
     /// `lower` is the descriptor's list.
     fn is_thin_of_the_go_plugin(&self, id: &LayerId) -> Result<bool, StoreError> {

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use graphdriver::options::MountMethod;
 use graphdriver::plugin::Plugin;
+use graphdriver::publishing::Publishing;
 use graphdriver::repositories::{ExternalMounts, Fqrn, RepositoryError, RepositoryMounts, RepositoryStatus};
 use serde_json::{Value, json};
 use testkit::ScratchDir;
@@ -68,6 +69,7 @@ impl Host {
         let listener = graphdriver::server::bind(&self.socket()).unwrap();
         let (stop, stopped) = watch::channel(false);
         let (state, repositories) = (self.directory.path().join("state"), Arc::clone(&self.repositories));
+        let layer_service = self.directory.path().join("layer-service");
         let server = std::thread::spawn(move || {
             let factory = move |home: &Path, method| -> Arc<dyn RepositoryMounts> {
                 match method {
@@ -75,7 +77,7 @@ impl Host {
                     MountMethod::External => Arc::new(ExternalMounts::new(&home.join("cvmfs"))),
                 }
             };
-            let plugin = Arc::new(Plugin::start(&state, Box::new(factory)));
+            let plugin = Arc::new(Plugin::start(&state, Box::new(factory), Publishing::new(&layer_service)));
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
             runtime.block_on(async {
                 let listener = tokio::net::UnixListener::from_std(listener).unwrap();

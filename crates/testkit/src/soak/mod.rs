@@ -15,6 +15,7 @@ mod content;
 mod reader;
 mod trouble;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -89,10 +90,12 @@ impl fmt::Display for Summary {
 }
 
 /// What a worker uses.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Resources {
     descriptors: usize,
     memory: u64,
+    /// The descriptors by what they are open on.
+    kinds: BTreeMap<String, usize>,
 }
 
 impl fmt::Display for Resources {
@@ -115,16 +118,16 @@ pub fn run(options: &Options) -> Result<Summary> {
 
     // Calm weather first: what it takes when nothing is wrong.
     let calm = Duration::from_secs(3).min(options.duration / 4);
-    let observed = read_during(&world, &mount, options, || sleep(calm))?;
+    let observed = read_during(&world, &mount, options, |_| sleep(calm))?;
     ensure!(observed.errors.is_empty(), "errors before any fault: {:?}", observed.errors);
     let before = resources(&mount)?;
 
     let weather = Weather::new(&repository, &second, &mount, &cache, &world, options.seed);
-    let observed = read_during(&world, &mount, options, || weather.rage(options.duration))?;
+    let observed = read_during(&world, &mount, options, |stop| weather.rage(options.duration, stop))?;
     let latencies = judge(&observed, &weather)?;
     let revision = aftermath(&world, &mount, options)?;
     let after = resources(&mount)?;
-    check_bounds(before, after, &cache, &mount)?;
+    check_bounds(&before, &after, &cache, &mount)?;
     Ok(Summary {
         options: options.clone(),
         reads: observed.latencies.len(),
@@ -151,12 +154,12 @@ fn configure(repository: &Published, second: &Origin) -> Result<(PathBuf, PathBu
     Ok((file, cache))
 }
 
-/// Runs the readers while `meanwhile` runs.
+/// Runs the readers while `meanwhile` runs, which learns when one has seen something wrong.
 fn read_during(
     world: &World,
     mount: &Mount,
     options: &Options,
-    meanwhile: impl FnOnce() -> Result<()>,
+    meanwhile: impl FnOnce(&AtomicBool) -> Result<()>,
 ) -> Result<Observed> {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -166,7 +169,7 @@ fn read_during(
                 scope.spawn(move || reader::read_on(world, mount.path(), seed, stop))
             })
             .collect();
-        let outcome = meanwhile();
+        let outcome = meanwhile(&stop);
         stop.store(true, Ordering::SeqCst);
         let mut all = Observed::default();
         for reader in readers {
@@ -179,7 +182,7 @@ fn read_during(
 /// Decides whether what the readers saw is all right; returns median, 99th percentile and maximum.
 fn judge(observed: &Observed, weather: &Weather<'_>) -> Result<[Duration; 3]> {
     if let Some(wrong) = &observed.wrong {
-        bail!("wrong content: {wrong}");
+        bail!("wrong content: {wrong}; faults:\n{}", weather.history());
     }
     let unexplained: Vec<_> = observed.errors.iter().filter(|error| !weather.explains(error)).collect();
     if let Some(first) = unexplained.first() {
@@ -207,7 +210,7 @@ fn judge(observed: &Observed, weather: &Weather<'_>) -> Result<[Duration; 3]> {
 fn aftermath(world: &World, mount: &Mount, options: &Options) -> Result<u64> {
     // Clients may remember failures for a moment.
     sleep(trouble::GRACE)?;
-    let observed = read_during(world, mount, options, || sleep(Duration::from_secs(2)))?;
+    let observed = read_during(world, mount, options, |_| sleep(Duration::from_secs(2)))?;
     ensure!(observed.wrong.is_none() && observed.errors.is_empty(), "after the last fault: {observed:?}");
     world.read_everything(mount.path()).context("after the last fault")?;
     let revision: u64 =
@@ -219,12 +222,14 @@ fn aftermath(world: &World, mount: &Mount, options: &Options) -> Result<u64> {
     Ok(revision)
 }
 
-fn check_bounds(before: Resources, after: Resources, cache: &Path, mount: &Mount) -> Result<()> {
+fn check_bounds(before: &Resources, after: &Resources, cache: &Path, mount: &Mount) -> Result<()> {
     ensure!(
         after.descriptors <= before.descriptors + DESCRIPTOR_SLACK,
-        "descriptors: {} at the start, {} at the end",
+        "descriptors: {} at the start, {} at the end; {:?} and {:?}",
         before.descriptors,
-        after.descriptors
+        after.descriptors,
+        before.kinds,
+        after.kinds
     );
     ensure!(
         after.memory <= before.memory * 3 / 2 + MEMORY_SLACK,
@@ -260,13 +265,21 @@ fn size_below(directory: &Path) -> u64 {
 /// What the present worker uses. Pages of the cache's files that it maps do not count.
 fn resources(mount: &Mount) -> Result<Resources> {
     let pid: u32 = ask(mount, "pid")?.trim().parse().context("`pid` is answered with a number")?;
-    let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd"))?.count();
+    let mut kinds = BTreeMap::<String, usize>::new();
+    for descriptor in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let target = std::fs::read_link(descriptor?.path()).unwrap_or_default();
+        let target = target.to_string_lossy();
+        // `socket:[123]`, or a path in which digits are no news.
+        let kind = target.split(['[', '#']).next().unwrap_or_default();
+        *kinds.entry(kind.replace(|c: char| c.is_ascii_hexdigit(), "").to_owned()).or_default() += 1;
+    }
+    let descriptors = kinds.values().sum();
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let kilobytes: u64 = status
         .lines()
         .find_map(|line| line.strip_prefix("RssAnon:")?.trim().strip_suffix(" kB")?.trim().parse().ok())
         .context("the kernel tells the memory of a process")?;
-    Ok(Resources { descriptors, memory: kilobytes << 10 })
+    Ok(Resources { descriptors, memory: kilobytes << 10, kinds })
 }
 
 /// Asks until a worker answers: one may just have been killed.

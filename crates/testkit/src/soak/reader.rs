@@ -84,7 +84,10 @@ pub(super) fn read_on(world: &World, mountpoint: &Path, seed: u64, stop: &Atomic
                 observed.errors.push(Failed { begun, ended: Instant::now(), what });
             }
             Err(Trouble::Error(_)) => {}
-            Err(Trouble::Wrong(what)) => observed.wrong = Some(what),
+            Err(Trouble::Wrong(what)) => {
+                observed.wrong = Some(format!("{what} (begun {begun:?})"));
+                stop.store(true, Ordering::SeqCst);
+            }
         }
         if sleep(random.milliseconds(0..60)).is_err() {
             break;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -84,10 +85,10 @@ impl<'w> Weather<'w> {
 
     /// One thing after the other until the time is over. In the second half no worker is killed, so that one lives long
     /// enough for a leak to be seen.
-    pub(super) fn rage(&self, duration: Duration) -> Result<()> {
+    pub(super) fn rage(&self, duration: Duration, stop: &AtomicBool) -> Result<()> {
         let begun = Instant::now();
         let mut random = Random(self.seed ^ 0xfa17);
-        while begun.elapsed() < duration {
+        while begun.elapsed() < duration && !stop.load(Ordering::SeqCst) {
             sleep(random.milliseconds(300..4000))?;
             let may_kill = begun.elapsed() < duration / 2;
             let since = Instant::now();

@@ -14,11 +14,11 @@ use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use bucket::connection::Connection;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, UpdateVersion};
 
 use super::super::{StorageError, StorageLock};
-use super::connection::Connection;
 use super::{MUTABLE, at, attributes};
 use crate::error::chain;
 

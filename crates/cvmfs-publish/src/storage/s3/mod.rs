@@ -10,40 +10,33 @@
 //!   of the lock. Stores without conditional writes are refused, unless `AWS_CONDITIONAL_PUT=disabled` says that nobody
 //!   else publishes.
 
-mod connection;
 mod lease;
 
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use bucket::connection::{Connection, Location, PART};
 use bytes::Bytes;
 use cvmfs_format::ObjectName;
 use futures_util::StreamExt;
 use object_store::path::Path;
 use object_store::{
-    Attribute, Attributes, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutMultipartOptions, PutOptions,
-    PutPayload, UpdateVersion,
+    Attribute, Attributes, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload,
+    UpdateVersion,
 };
 
-use super::remote::{self, Pieces};
 use super::{
     MANIFEST, Put, Storage, StorageError, StorageLock, StoredObject, read_bounded, temporary_directory,
 };
 use crate::error::chain;
-use connection::{Connection, Location};
 use lease::{Held, Lease};
 
 /// Requests at the same time: each mostly waits for the store, so their number and not that of the cores counts.
 const PARALLEL: usize = 32;
-/// Pieces of an object that are read ahead of its reader.
-const READ_AHEAD: usize = 8;
-/// Larger things are sent in parts of this size: above every chunk, so that only files of foreign publishers, which
-/// are stored whole, take that way.
-const PART: u64 = 64 << 20;
 /// Where locks are, as in a storage directory: below what is never listed or served.
 const LOCK: &str = "data/txn/publish.lock";
 /// Most missing objects that a message names.
@@ -110,12 +103,7 @@ impl S3 {
     }
 
     fn head(&self, path: &Path) -> Result<Option<ObjectMeta>, StorageError> {
-        let asked = path.clone();
-        match self.connection.wait(|store| async move { store.head(&asked).await }) {
-            Ok(found) => Ok(Some(found)),
-            Err(object_store::Error::NotFound { .. }) => Ok(None),
-            Err(error) => Err(at("look for", path)(error)),
-        }
+        self.connection.head(path).map_err(at("look for", path))
     }
 
     fn put(
@@ -182,36 +170,6 @@ impl S3 {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(error) => Err(at("remove", path)(error)),
         }
-    }
-
-    /// Sends a large file in parts, so that it is never in memory as a whole.
-    fn put_parts(&self, path: &Path, mut file: File, size: u64) -> Result<(), StorageError> {
-        let options =
-            PutMultipartOptions { attributes: attributes(&IMMUTABLE), ..PutMultipartOptions::default() };
-        let asked = path.clone();
-        let mut upload = self
-            .connection
-            .wait(|store| async move { store.put_multipart_opts(&asked, options).await })
-            .map_err(at("write", path))?;
-        let mut sent = Ok(());
-        let mut left = size;
-        while left > 0 && sent.is_ok() {
-            let mut part = vec![0; usize::try_from(left.min(PART)).unwrap_or(usize::MAX)];
-            file.read_exact(&mut part).map_err(broken("read for", path))?;
-            left -= part.len() as u64;
-            sent = self.connection.wait(|_| upload.put_part(part.into()));
-        }
-        let finished = self.connection.wait(|_| async move {
-            match sent {
-                Ok(()) => upload.complete().await.map(|_| ()),
-                Err(error) => {
-                    // parts of an upload that nobody completes would cost money for ever
-                    let _ = upload.abort().await;
-                    Err(error)
-                }
-            }
-        });
-        finished.map_err(at("write", path))
     }
 
     /// Looks for all of `objects` at once; returns those that are not there as they should be.
@@ -283,7 +241,7 @@ impl Storage for S3 {
 
     fn put_object_file(&self, name: &ObjectName, file: &std::path::Path) -> Result<Put, StorageError> {
         let path = self.path(&name.path());
-        let opened = File::open(file).map_err(broken("read for", &path))?;
+        let mut opened = File::open(file).map_err(broken("read for", &path))?;
         let size = opened.metadata().map_err(broken("read for", &path))?.len();
         if size <= PART {
             let content = read_bounded(opened, &file.display().to_string(), PART)?;
@@ -293,7 +251,9 @@ impl Storage for S3 {
         if self.head(&path)?.is_some_and(|there| there.size == size) {
             return Ok(Put::Present);
         }
-        self.put_parts(&path, opened, size)?;
+        self.connection
+            .put_file(&path, &mut opened, size, attributes(&IMMUTABLE))
+            .map_err(at("write", &path))?;
         self.state().sent.push((*name, size));
         Ok(Put::New)
     }
@@ -304,22 +264,7 @@ impl Storage for S3 {
 
     fn open_object(&self, name: &ObjectName) -> Result<Box<dyn Read + Send>, StorageError> {
         let path = self.path(&name.path());
-        let asked = path.clone();
-        let found = self
-            .connection
-            .wait(|store| async move { store.get(&asked).await })
-            .map_err(at("open", &path))?;
-        let (pieces, received) = mpsc::sync_channel(READ_AHEAD);
-        let mut stream = found.into_stream();
-        remote::runtime().map_err(broken("open", &path))?.spawn(async move {
-            while let Some(piece) = stream.next().await {
-                // a full channel must not block a thread of the runtime
-                if tokio::task::block_in_place(|| pieces.send(piece.map_err(io::Error::other))).is_err() {
-                    return;
-                }
-            }
-        });
-        Ok(Box::new(Pieces { received, piece: Bytes::new() }))
+        Ok(Box::new(self.connection.read(&path).map_err(at("open", &path))?))
     }
 
     fn delete_object(&self, name: &ObjectName) -> Result<(), StorageError> {
@@ -369,17 +314,7 @@ impl Storage for S3 {
     fn list_objects(&self, visit: &mut dyn FnMut(StoredObject)) -> Result<(), StorageError> {
         let data = self.path("data");
         let below = if self.location.prefix.is_empty() { 0 } else { self.location.prefix.len() + 1 };
-        let (found, listed) = mpsc::sync_channel::<object_store::Result<ObjectMeta>>(1024);
-        let store = self.connection.store.clone();
-        let prefix = data.clone();
-        remote::runtime().map_err(broken("list", &data))?.spawn(async move {
-            let mut listing = store.list(Some(&prefix));
-            while let Some(item) = listing.next().await {
-                if tokio::task::block_in_place(|| found.send(item)).is_err() {
-                    return;
-                }
-            }
-        });
+        let listed = self.connection.list(Some(&data)).map_err(at("list", &data))?;
         for item in listed {
             let item = item.map_err(at("list", &data))?;
             let path = item.location.as_ref().get(below..).unwrap_or_default().to_owned();

@@ -1,11 +1,12 @@
 //! A real S3 server in this process, storing in a directory, with faults in front of it.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use anyhow::{Context as _, Result};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
-use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, ETAG, IF_MATCH, IF_NONE_MATCH};
+use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, ETAG, HeaderValue, IF_MATCH, IF_NONE_MATCH, LAST_MODIFIED};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
@@ -13,17 +14,27 @@ use s3s::auth::SimpleAuth;
 use s3s::service::{S3Service, S3ServiceBuilder};
 use tokio::runtime::Runtime;
 
+use testkit::ScratchDir;
+
+/// A bucket that is there from the start.
 pub const BUCKET: &str = "images";
-const ACCESS_KEY: &str = "publisher";
-const SECRET_KEY: &str = "not-a-secret";
+/// Another one.
+pub const LAYERS: &str = "layers";
+/// Who may do everything, if requests must be signed.
+pub const ACCESS_KEY: &str = "publisher";
+/// What he signs with.
+pub const SECRET_KEY: &str = "not-a-secret";
 
 /// One request that arrived.
 #[derive(Debug, Clone)]
 pub struct Arrived {
+    /// `GET`, `PUT` and so on.
     pub method: Method,
-    /// Key in the bucket.
+    /// Key in [`BUCKET`]; in another one its name and the key.
     pub key: String,
+    /// Empty if there was none.
     pub content_type: String,
+    /// Empty if there was none.
     pub cache_control: String,
 }
 
@@ -40,12 +51,18 @@ pub struct Faults {
     pub unconditional: bool,
     /// The next manifest is stored, and the connection ends without an answer.
     pub silent_manifest: bool,
+    /// Uploads of layers are refused with this status.
+    pub refuse_layers: Option<u16>,
+    /// So many bytes are missing at the end of each layer that is read.
+    pub cut_layers: usize,
 }
 
+/// The server; stopped when dropped.
 #[derive(Debug)]
 pub struct S3Server {
+    /// `http://HOST:PORT`.
     pub address: String,
-    root: tempfile::TempDir,
+    root: ScratchDir,
     faults: Arc<Mutex<Faults>>,
     arrived: Arc<Mutex<Vec<Arrived>>>,
     signed: bool,
@@ -53,21 +70,27 @@ pub struct S3Server {
 }
 
 impl S3Server {
-    /// Starts a server with one empty bucket. Whether requests must be signed decides who may publish.
-    pub fn start(signed: bool) -> S3Server {
-        let root = tempfile::tempdir().unwrap();
-        std::fs::create_dir(root.path().join(BUCKET)).unwrap();
-        let mut builder = S3ServiceBuilder::new(s3s_fs::FileSystem::new(root.path()).unwrap());
+    /// Starts a server with two empty buckets. Whether requests must be signed decides who may publish.
+    pub fn start(signed: bool) -> Result<S3Server> {
+        let root = ScratchDir::new("s3")?;
+        for bucket in [BUCKET, LAYERS] {
+            std::fs::create_dir(root.path().join(bucket))?;
+        }
+        let files = s3s_fs::FileSystem::new(root.path()).map_err(|error| anyhow::anyhow!("{error:?}"))?;
+        let mut builder = S3ServiceBuilder::new(files);
         if signed {
             builder.set_auth(SimpleAuth::from_single(ACCESS_KEY, SECRET_KEY));
         }
         let service = builder.build();
         let faults = Arc::new(Mutex::new(Faults::default()));
         let arrived = Arc::new(Mutex::new(Vec::new()));
-        let runtime =
-            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
-        let address = format!("http://{}", listener.local_addr().unwrap());
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .context("no runtime")?;
+        let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0"))?;
+        let address = format!("http://{}", listener.local_addr()?);
         let front = Arc::new(Front {
             service,
             faults: faults.clone(),
@@ -89,7 +112,7 @@ impl S3Server {
                 });
             }
         });
-        S3Server { address, root, faults, arrived, signed, _runtime: runtime }
+        Ok(S3Server { address, root, faults, arrived, signed, _runtime: runtime })
     }
 
     /// The variables that a publisher needs.
@@ -110,18 +133,24 @@ impl S3Server {
         self.root.path().join(BUCKET).join(prefix)
     }
 
+    /// Directory of all buckets.
     pub fn root(&self) -> &Path {
         self.root.path()
     }
 
+    /// From now on these things go wrong, and no others.
     pub fn break_with(&self, faults: Faults) {
-        *self.faults.lock().unwrap() = faults;
+        *lock(&self.faults) = faults;
     }
 
     /// Requests since the last call.
     pub fn arrived(&self) -> Vec<Arrived> {
-        std::mem::take(&mut self.arrived.lock().unwrap())
+        std::mem::take(&mut *lock(&self.arrived))
     }
+}
+
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 struct Front {
@@ -146,7 +175,7 @@ impl Front {
             content_type: header(CONTENT_TYPE).unwrap_or_default(),
             cache_control: header(CACHE_CONTROL).unwrap_or_default(),
         };
-        self.arrived.lock().unwrap().push(arrived.clone());
+        lock(&self.arrived).push(arrived.clone());
         match self.fault(&arrived, &mut request) {
             Fault::None => {}
             Fault::Status(status) => {
@@ -157,12 +186,25 @@ impl Front {
             Fault::Forget => {
                 request.into_body().collect().await.map_err(std::io::Error::other)?;
                 let mut answer = Response::new(s3s::Body::empty());
-                answer.headers_mut().insert(ETAG, "\"0\"".parse().unwrap());
+                answer.headers_mut().insert(ETAG, HeaderValue::from_static("\"0\""));
                 return Ok(answer);
             }
             Fault::Silence => {
                 self.serve(request).await?;
                 return Err(std::io::Error::other("no answer"));
+            }
+            Fault::Cut(missing) => {
+                let (head, body) = self.serve(request).await?.into_parts();
+                let whole = body.collect().await.map_err(std::io::Error::other)?.to_bytes();
+                let part = whole.slice(..whole.len().saturating_sub(missing));
+                let mut answer = Response::new(s3s::Body::from(part));
+                *answer.status_mut() = head.status;
+                for name in [ETAG, LAST_MODIFIED, CONTENT_TYPE] {
+                    if let Some(value) = head.headers.get(&name) {
+                        answer.headers_mut().insert(name, value.clone());
+                    }
+                }
+                return Ok(answer);
             }
         }
         let conditional = [IF_MATCH, IF_NONE_MATCH].iter().any(|name| request.headers().contains_key(name));
@@ -176,13 +218,23 @@ impl Front {
     }
 
     fn fault(&self, arrived: &Arrived, request: &mut Request<Incoming>) -> Fault {
-        let mut faults = self.faults.lock().unwrap();
+        let mut faults = lock(&self.faults);
         let is_upload = arrived.method == Method::PUT
             && arrived.key.contains("/data/")
             && !arrived.key.contains("/data/txn/");
         if faults.busy > 0 {
             faults.busy -= 1;
             return Fault::Status(StatusCode::SERVICE_UNAVAILABLE);
+        }
+        let is_layer = arrived.key.starts_with(LAYERS);
+        if let Some(status) = faults.refuse_layers
+            && is_layer
+            && arrived.method == Method::PUT
+        {
+            return Fault::Status(StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR));
+        }
+        if faults.cut_layers > 0 && is_layer && arrived.method == Method::GET {
+            return Fault::Cut(faults.cut_layers);
         }
         if is_upload && faults.lost_uploads > 0 {
             faults.lost_uploads -= 1;
@@ -214,4 +266,5 @@ enum Fault {
     Status(StatusCode),
     Forget,
     Silence,
+    Cut(usize),
 }

@@ -1,10 +1,12 @@
-//! What storages across a network share: one runtime, the HTTP client, and how a thread waits for an answer.
+//! One runtime for all connections, the HTTP client, and how a thread waits for an answer.
 
 use std::io::{self, Read};
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
+use futures_util::{Stream, StreamExt};
 use tokio::runtime::Runtime;
 
 /// A server that does not accept a connection in this time is tried again.
@@ -15,7 +17,10 @@ const READ_TIMEOUT: Duration = Duration::from_secs(60);
 const RUNTIME_THREADS: usize = 2;
 
 /// The runtime of all connections of this process; it lives as long as the process does.
-pub(super) fn runtime() -> io::Result<&'static Runtime> {
+///
+/// # Errors
+/// If it could not be started.
+pub fn runtime() -> io::Result<&'static Runtime> {
     static RUNTIME: OnceLock<Result<Runtime, String>> = OnceLock::new();
     let started = RUNTIME.get_or_init(|| {
         tokio::runtime::Builder::new_multi_thread()
@@ -29,7 +34,10 @@ pub(super) fn runtime() -> io::Result<&'static Runtime> {
 }
 
 /// Runs a request to its end. Works on every thread, also on those of another runtime.
-pub(super) fn wait<T: Send + 'static>(request: impl Future<Output = T> + Send + 'static) -> io::Result<T> {
+///
+/// # Errors
+/// If there is no runtime, or the request panicked.
+pub fn wait<T: Send + 'static>(request: impl Future<Output = T> + Send + 'static) -> io::Result<T> {
     let (answer, answered) = mpsc::sync_channel(1);
     runtime()?.spawn(async move {
         // whoever waited may be gone
@@ -40,7 +48,10 @@ pub(super) fn wait<T: Send + 'static>(request: impl Future<Output = T> + Send + 
 
 /// The HTTP client: TLS with the provider named explicitly, and with the system's and the public roots, as a minimal
 /// system may have no certificates.
-pub(super) fn http_client() -> io::Result<reqwest::Client> {
+///
+/// # Errors
+/// If the client cannot be built.
+pub fn http_client() -> io::Result<reqwest::Client> {
     let mut roots = rustls::RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -56,15 +67,51 @@ pub(super) fn http_client() -> io::Result<reqwest::Client> {
         .retry(reqwest::retry::never())
         .tcp_nodelay(true)
         .http1_only()
-        .user_agent(concat!("cvmfs-publish/", env!("CARGO_PKG_VERSION")))
+        .user_agent(concat!("cvmfs-graphdriver/", env!("CARGO_PKG_VERSION")))
         .build()
         .map_err(io::Error::other)
 }
 
+/// Pieces of a body that are read ahead of its reader.
+const READ_AHEAD: usize = 8;
+
 /// A body while it is downloaded.
-pub(super) struct Pieces {
-    pub(super) received: mpsc::Receiver<io::Result<Bytes>>,
-    pub(super) piece: Bytes,
+#[derive(Debug)]
+pub struct Pieces {
+    received: Receiver<io::Result<Bytes>>,
+    piece: Bytes,
+}
+
+impl Pieces {
+    /// Downloads `body` in the background, a little ahead of whoever reads.
+    ///
+    /// # Errors
+    /// If there is no runtime.
+    pub fn of<E>(body: impl Stream<Item = Result<Bytes, E>> + Send + 'static) -> io::Result<Pieces>
+    where
+        E: Into<Box<dyn std::error::Error + Send + Sync>> + Send,
+    {
+        let body = body.map(|piece| piece.map_err(io::Error::other));
+        Ok(Pieces { received: forward(body, READ_AHEAD)?, piece: Bytes::new() })
+    }
+}
+
+/// Has the runtime put the items of a stream into a channel with room for `room`, until nobody listens.
+pub(crate) fn forward<T: Send + 'static>(
+    items: impl Stream<Item = T> + Send + 'static,
+    room: usize,
+) -> io::Result<Receiver<T>> {
+    let (sender, received): (SyncSender<T>, _) = mpsc::sync_channel(room);
+    runtime()?.spawn(async move {
+        let mut items = std::pin::pin!(items);
+        while let Some(item) = items.next().await {
+            // a full channel must not block a thread of the runtime
+            if tokio::task::block_in_place(|| sender.send(item)).is_err() {
+                return;
+            }
+        }
+    });
+    Ok(received)
 }
 
 impl Read for Pieces {
