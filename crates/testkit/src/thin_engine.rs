@@ -15,6 +15,7 @@ pub struct ThinEngine {
     pub dockerd: Dockerd,
     /// What the plugin sees as `/etc/cvmfs`.
     pub etc: EtcCvmfs,
+    minio: PathBuf,
     _directory: ScratchDir,
 }
 
@@ -37,7 +38,12 @@ impl ThinEngine {
         managed_plugin::enable(&dockerd, &plugin, Links { cvmfs: etc.path(), minio: &minio })?;
         crate::scratch::remove(&plugin);
         dockerd.restart_with_driver(NAME)?;
-        Ok(Self { dockerd, etc, _directory: directory })
+        Ok(Self { dockerd, etc, minio, _directory: directory })
+    }
+
+    /// Directory in which the plugin looks for the layer service's `config.json`; empty at first.
+    pub fn layer_service_config(&self) -> &std::path::Path {
+        &self.minio
     }
 
     /// The propagated mount of the plugin, on the host.
