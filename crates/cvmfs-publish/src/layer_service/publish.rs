@@ -86,7 +86,7 @@ impl Worker {
             reason: chain(&error),
         })?;
         for key in keys {
-            if self.queue.state(&key).is_none() && self.published(&key)?.is_none() {
+            if !self.queue.knows(&key) && self.published(&key)?.is_none() {
                 self.queue.add(key);
             }
         }

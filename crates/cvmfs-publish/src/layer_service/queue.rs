@@ -15,8 +15,11 @@ const BATCH: usize = 64;
 /// Pauses after failures that may pass, each twice the one before.
 const FIRST_PAUSE: Duration = Duration::from_secs(2);
 const LONGEST_PAUSE: Duration = Duration::from_secs(120);
-/// Failures after which a layer is given up until it is stored again: about 20 minutes.
+/// Failures after which a layer is given up: about 20 minutes.
 const MOST_FAILURES: u32 = 14;
+
+/// How long the reason is told why a layer was given up. Whoever asks later may have stored it anew.
+const GIVEN_UP_TIME: Duration = Duration::from_secs(60);
 
 /// See the module documentation.
 #[derive(Debug, Default)]
@@ -39,7 +42,7 @@ enum Layer {
     Waiting { since: Instant, from: Instant, failures: u32 },
     Working { since: Instant, failures: u32 },
     Done(Published),
-    GivenUp(String),
+    GivenUp { reason: String, at: Instant },
 }
 
 /// Where a layer was published.
@@ -93,7 +96,7 @@ impl Queue {
         let mut state = self.lock();
         let now = Instant::now();
         match state.layers.get(&key) {
-            None | Some(Layer::GivenUp(_)) => {}
+            None | Some(Layer::GivenUp { .. }) => {}
             Some(_) => return true,
         }
         if state.waiting() >= MOST_WAITING {
@@ -113,7 +116,12 @@ impl Queue {
         state.layers.entry(key).or_insert(Layer::Done(published));
     }
 
-    /// What is known of a layer.
+    /// Whether anything is known of a layer, also that it cannot be published.
+    pub(super) fn knows(&self, key: &LayerKey) -> bool {
+        self.lock().layers.contains_key(key)
+    }
+
+    /// What is known of a layer; none also if it was given up long ago.
     pub(super) fn state(&self, key: &LayerKey) -> Option<Told> {
         let told = |state| Told { state, root_hash: None };
         Some(match self.lock().layers.get(key)? {
@@ -122,7 +130,8 @@ impl Queue {
                 state: LayerState::Done { revision: Some(*revision) },
                 root_hash: Some(root_hash.clone()),
             },
-            Layer::GivenUp(reason) => told(LayerState::Unknown { reason: Some(reason.clone()) }),
+            Layer::GivenUp { at, .. } if at.elapsed() >= GIVEN_UP_TIME => return None,
+            Layer::GivenUp { reason, .. } => told(LayerState::Unknown { reason: Some(reason.clone()) }),
         })
     }
 
@@ -183,9 +192,9 @@ impl Queue {
                 Layer::Waiting { since, from: Instant::now() + pause, failures: failures + 1 }
             }
             Outcome::Failed(reason) | Outcome::Refused(reason) => {
-                tracing::error!(layer = %key, reason, "layer given up until it is stored again");
+                tracing::error!(layer = %key, reason, "layer given up; it is tried again when it is stored or asked for");
                 state.counts.given_up += 1;
-                Layer::GivenUp(reason)
+                Layer::GivenUp { reason, at: Instant::now() }
             }
         };
         state.layers.insert(key.clone(), layer);
