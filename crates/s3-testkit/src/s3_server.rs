@@ -45,7 +45,7 @@ pub struct Faults {
     pub busy: usize,
     /// Uploads of objects that are still stored; later ones are refused with 403.
     pub uploads_until_refusal: Option<usize>,
-    /// So many uploads of objects are confirmed and forgotten.
+    /// So many uploads of objects or layers are confirmed and forgotten.
     pub lost_uploads: usize,
     /// Conditions are not looked at.
     pub unconditional: bool,
@@ -236,7 +236,7 @@ impl Front {
         if faults.cut_layers > 0 && is_layer && arrived.method == Method::GET {
             return Fault::Cut(faults.cut_layers);
         }
-        if is_upload && faults.lost_uploads > 0 {
+        if (is_upload || is_layer && arrived.method == Method::PUT) && faults.lost_uploads > 0 {
             faults.lost_uploads -= 1;
             return Fault::Forget;
         }
