@@ -227,3 +227,41 @@ fn a_listing_that_is_entered_after_an_update_does_not_bring_old_content_back() {
     });
     assert_eq!(std::fs::read(set.join("first")).unwrap(), b"two");
 }
+
+/// A container's root file system holds on to directories of the mount; the kernel must never be told that they are gone.
+#[test]
+fn an_overlay_over_the_mount_outlives_updates_and_workers() {
+    let repository = Published::create("lower.example.org").unwrap();
+    let layer = |name: &str| {
+        let files = TarBuilder::new().directory("etc", 0o755).file("etc/name", 0o644, name.as_bytes());
+        (0..20)
+            .fold(files, |files, number| files.file(&format!("etc/{number}"), 0o644, name.as_bytes()))
+            .finish()
+    };
+    for name in ["one", "two"] {
+        repository.ingest(&format!("layers/{name}"), &layer(name), &["--catalog"]).unwrap();
+    }
+    let config = repository.client_config().unwrap();
+    let mount = MountBuilder::new(&repository.fqrn, &config).option("layer_view").mount().unwrap();
+    let place = |name: &str| mount.path().join("layers").join(name);
+    let overlay = Overlay::of(&[&place("two"), &place("one")]);
+    let mut next = 0;
+    let mut read_on = |when: &str| {
+        // One that is known, and one that nobody has read yet.
+        for name in ["name".to_owned(), next.to_string()] {
+            let text = std::fs::read_to_string(overlay.path().join("etc").join(name));
+            assert_eq!(text.map_err(|error| format!("{when}: {error}")).as_deref(), Ok("two"));
+        }
+        next += 1;
+    };
+    read_on("at first");
+    for round in 0..3 {
+        repository.ingest(&format!("layers/more-{round}"), &layer("more"), &["--catalog"]).unwrap();
+        mount.ask("refresh", Duration::from_secs(30)).unwrap();
+        read_on("after an update");
+        assert!(place(&format!("more-{round}")).join("etc/name").is_file(), "the update is there");
+        let pid: u32 = mount.ask("pid", Duration::from_secs(10)).unwrap().trim().parse().unwrap();
+        testkit::process::kill(pid, rustix::process::Signal::KILL);
+        read_on("after the death of the worker");
+    }
+}

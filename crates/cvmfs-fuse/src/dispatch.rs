@@ -184,9 +184,8 @@ impl Mount {
                     mount.opendir(caller, patience.deadline, reply);
                 })
             }
-            Operation::Readdir { handle, offset, size, plus } => {
-                self.entered(handle);
-                let range = Range { handle, offset, size, plus };
+            Operation::Readdir { offset, size, plus } => {
+                let range = Range { offset, size, plus };
                 if self.view.ready(node).is_some() {
                     self.readdir(node, range, soon(), reply);
                     return Place::Here;
@@ -195,8 +194,7 @@ impl Mount {
                     mount.readdir(node, range, patience.deadline, reply);
                 })
             }
-            Operation::Releasedir { handle } => {
-                self.entered(handle);
+            Operation::Releasedir => {
                 self.statistics.count_closed_directory();
                 self.here(reply, 0)
             }

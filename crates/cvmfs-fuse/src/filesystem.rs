@@ -17,7 +17,6 @@ use crate::files_ahead::FilesAhead;
 use crate::handles::Mode;
 use crate::in_flight::InFlight;
 use crate::invalidation::Invalidation;
-use crate::listings::{Directories, Listings};
 use crate::magic;
 use crate::nodes::{Moment, Node};
 use crate::profile::Profile;
@@ -48,7 +47,6 @@ pub(crate) struct Mount {
     pub(crate) statistics: Statistics,
     pub(crate) in_flight: InFlight,
     pub(crate) invalidation: Invalidation,
-    pub(crate) listings: Listings,
     /// Held by whoever looks for another revision, until all see it.
     pub(crate) updating: Mutex<()>,
     pub(crate) channel: Arc<Channel>,
@@ -81,7 +79,6 @@ impl Mount {
             started: Instant::now(),
             in_flight: InFlight::new(channel.clone()),
             invalidation: Invalidation::new(agreement),
-            listings: Listings::new(state.workers()),
             updating: Mutex::default(),
             channel,
             state,
@@ -102,20 +99,26 @@ impl Mount {
         }
     }
 
-    fn lifetime(&self) -> Lifetime {
-        self.settings.entry_lifetime.into()
+    /// How long the kernel may keep what was found since `moment`. Nobody tells it what an older revision had.
+    fn lifetime(&self, moment: Moment) -> Lifetime {
+        self.kept_for(moment).into()
+    }
+
+    fn kept_for(&self, moment: Moment) -> Duration {
+        if self.view.moment() == moment { self.settings.entry_lifetime } else { Duration::ZERO }
     }
 
     pub(crate) fn lookup(&self, parent: u64, name: &[u8], deadline: Deadline, reply: Reply) {
         crate::test_fault::at_lookup(name, &self.state);
+        let moment = self.view.moment();
         let found = self.view.node(parent, deadline).and_then(|directory| match name {
             b"." => Ok(Some(directory)),
             _ => self.view.child(&directory, name, deadline),
         });
         match found {
-            Ok(Some(node)) => reply.entry(node.id, &node.attributes, self.lifetime()),
+            Ok(Some(node)) => reply.entry(node.id, &node.attributes, self.lifetime(moment)),
             Ok(None) => {
-                let lifetime = self.invalidation.absence(parent, name, self.settings.entry_lifetime);
+                let lifetime = self.invalidation.absence(parent, name, self.kept_for(moment));
                 reply.no_entry(lifetime.into());
             }
             Err(error) => reply.error(self.failed("look-up", parent, Some(name), &error)),
@@ -126,8 +129,9 @@ impl Mount {
         if let Err(errno) = self.authorize(caller, deadline) {
             return reply.error(errno);
         }
+        let moment = self.view.moment();
         match self.view.node(id, deadline) {
-            Ok(node) => reply.attributes(&node.attributes, self.lifetime()),
+            Ok(node) => reply.attributes(&node.attributes, self.lifetime(moment)),
             Err(error) => reply.error(self.failed("attributes", id, None, &error)),
         }
     }
@@ -272,7 +276,7 @@ impl Mount {
         if self.view.moment() == Moment::START {
             flags |= open_flag::KEEP_CACHE;
         }
-        if reply.opened(self.listings.open(), flags, 0) == Sent::Taken {
+        if reply.opened(0, flags, 0) == Sent::Taken {
             self.statistics.count_opened_directory();
         }
     }
@@ -281,11 +285,11 @@ impl Mount {
         let moment = self.view.moment();
         let listed = self.view.node(id, deadline).and_then(|directory| self.view.list(&directory, deadline));
         // It may have waited for a catalog of a revision that is gone: the kernel would take its names for new ones.
-        let is_current = self.listings.answer(range.handle, id, moment, || self.view.moment());
+        let is_current = self.view.moment() == moment;
         match listed {
             Ok(listing) => with_buffer(0, |buffer| {
                 let entries = Entries::new(buffer, range.size);
-                if fill(&listing, id, range, is_current, self.lifetime(), entries) {
+                if fill(&listing, id, range, is_current, self.lifetime(moment), entries) {
                     self.view.listed_to_the_end(id, &listing);
                 }
                 reply.data(buffer);
@@ -294,26 +298,11 @@ impl Mount {
         }
     }
 
-    /// A request of a directory handle came: the kernel has entered the names of the last answer.
-    pub(crate) fn entered(&self, handle: u64) {
-        self.listings.entered(handle, self.view.moment(), || self.invalidation.expire_names(&self.channel.0));
-    }
-
-    /// Waits until the kernel has entered all names of earlier revisions, if there are any, and has them looked up again.
-    pub(crate) fn expire_listings(&self) {
-        if !self.invalidation.has_epochs() {
-            // The kernel forgets a name once all are entered, and was told which.
-            return;
-        }
-        let is_delayed = |directories: &Directories| match directories {
-            Directories::Any => self.in_flight.is_waiting(opcode::LOOKUP, |_| true),
-            Directories::These(nodes) => {
-                self.in_flight.is_waiting(opcode::LOOKUP, |node| nodes.contains(&node))
-            }
-        };
-        if self.listings.wait_until_entered(self.view.moment(), is_delayed) {
-            self.invalidation.expire_names(&self.channel.0);
-        }
+    /// Whether somebody waits for a look-up or a listing in this directory.
+    pub(crate) fn is_busy(&self, directory: u64) -> bool {
+        let holds_its_lock =
+            |number| matches!(number, opcode::LOOKUP | opcode::READDIR | opcode::READDIRPLUS);
+        self.in_flight.is_waiting(|number, node| node == directory && holds_its_lock(number))
     }
 
     /// Answers with the numbers that are kept; gives the reply back if there are none.
@@ -429,8 +418,6 @@ fn unix_now() -> i64 {
 /// What a READDIR asks for.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Range {
-    /// Of the open directory.
-    pub(crate) handle: u64,
     pub(crate) offset: u64,
     pub(crate) size: u32,
     /// With the attributes of each entry.

@@ -165,9 +165,9 @@ impl InFlight {
         self.lock().len()
     }
 
-    /// Whether such a request waits on such a node.
-    pub(crate) fn is_waiting(&self, opcode: u32, is_there: impl Fn(u64) -> bool) -> bool {
-        self.lock().values().any(|ticket| ticket.opcode == opcode && is_there(ticket.node))
+    /// Whether a request waits of which `is_wanted` holds, by operation and node.
+    pub(crate) fn is_waiting(&self, is_wanted: impl Fn(u32, u64) -> bool) -> bool {
+        self.lock().values().any(|ticket| is_wanted(ticket.opcode, ticket.node))
     }
 
     /// Requests whose callers were interrupted.

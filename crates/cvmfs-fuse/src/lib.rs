@@ -27,7 +27,6 @@ mod in_flight;
 mod invalidation;
 mod launch;
 pub mod layer_view;
-mod listings;
 mod logging;
 mod magic;
 pub mod metrics;

@@ -52,6 +52,8 @@ const SLOTS_USED: usize = 9;
 const HEARTBEAT: usize = 10;
 const PROFILE: usize = 11;
 const SUSPECTS_USED: usize = 12;
+/// How many of the recorded revisions the kernel was told of.
+const PINS_TOLD: usize = 13;
 const PINS: usize = 16;
 const PIN_WORDS: usize = 8;
 /// Revisions that are remembered, the newest and those of files that are still open.
@@ -226,6 +228,17 @@ impl SharedState {
         self.word(at + 5).store(pin.revision, SeqCst);
         self.word(at + 6).store(pin.timestamp, SeqCst);
         self.word(PINS_RECORDED).store(recorded + 1, SeqCst);
+    }
+
+    /// The kernel knows what the revision recorded last changed.
+    pub(crate) fn record_told(&self) {
+        self.word(PINS_TOLD).store(self.word(PINS_RECORDED).load(SeqCst), SeqCst);
+    }
+
+    /// The newest revision that the kernel was told of, if it was not told of a later one that is in use.
+    pub(crate) fn told_before(&self) -> Option<Pin> {
+        let behind = self.word(PINS_RECORDED).load(SeqCst).saturating_sub(self.word(PINS_TOLD).load(SeqCst));
+        if behind == 0 { None } else { self.pins().into_iter().nth(usize::try_from(behind).ok()?) }
     }
 
     /// The recorded revision, if there is one.

@@ -13,7 +13,7 @@ use cvmfs_client::config::{ClientSettings, Config, ConfigSources, KernelSettings
 use cvmfs_client::deadline::Deadline;
 use cvmfs_client::error::ClientError;
 use cvmfs_client::repository::{Refreshed, Repository};
-use cvmfs_client::snapshot::Snapshot;
+use cvmfs_client::snapshot::{Pin, Snapshot};
 use cvmfs_format::ContentHash;
 
 use crate::attributes::Presentation;
@@ -105,6 +105,7 @@ fn serve() -> Result<(), Failure> {
         None => {
             let repository = Repository::open(settings.client, Arc::new(SystemClock))?;
             state.record_pin(&repository.snapshot().pinned());
+            state.record_told();
             repository
         }
     };
@@ -134,9 +135,9 @@ fn serve() -> Result<(), Failure> {
     view.attach_again(has_open_files);
     let channel = Arc::new(Channel(device.try_clone()?));
     let mount = Arc::new(Mount::new(view, content, settings.kernel, agreement, state, channel));
-    if is_successor {
-        // The predecessor may have died between a new revision and its news.
-        mount.invalidation.expire_names(&device);
+    let untold = is_successor.then(|| mount.state.told_before()).flatten();
+    if let Some(pin) = untold {
+        tell_for_predecessor(&mount, device.try_clone()?, pin);
     }
     let (stop, stopped) = mpsc::channel();
     let observers =
@@ -298,6 +299,32 @@ fn follow(mount: Arc<Mount>, device: OwnedFd, stopped: mpsc::Receiver<()>) -> st
     })
 }
 
+/// The predecessor died between a new revision and its news.
+fn tell_for_predecessor(mount: &Arc<Mount>, device: OwnedFd, before: Pin) {
+    let (mount, (taken, turn)) = (mount.clone(), mpsc::channel());
+    // The kernel may wait for this worker before it takes the news, so this one must serve meanwhile; but nobody else
+    // changes or tells the revision first.
+    std::thread::spawn(move || {
+        let _turn = mount.updating.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = taken.send(());
+        let repository = mount.view.repository();
+        let recalled = repository.recall(before, &mount.state.catalogs(), Deadline::after(REFRESH_DEADLINE));
+        let older = repository.older_snapshots();
+        match older.iter().find(|snapshot| snapshot.pinned().root_hash == before.root_hash) {
+            Some(old) => {
+                let new = repository.snapshot();
+                mount.invalidation.revision_changed(&device, old, &new, &|node| mount.is_busy(node));
+                mount.state.record_told();
+            }
+            None => tracing::warn!(
+                error = %recalled.err().map(|error| chain(&error)).unwrap_or_default(),
+                "names of the revision before stay until their time is over"
+            ),
+        }
+    });
+    let _ = turn.recv_timeout(RESOLVE_PATIENCE);
+}
+
 /// Looks for a newer revision now; on a change the kernel is told what differs.
 pub(crate) fn refresh(mount: &Mount, device: &OwnedFd) -> Result<Refreshed, ClientError> {
     // One after the other: what the second finds in use must be in use for everybody.
@@ -305,7 +332,6 @@ pub(crate) fn refresh(mount: &Mount, device: &OwnedFd) -> Result<Refreshed, Clie
     let old = mount.view.repository().snapshot();
     let outcome = mount.view.repository().refresh(Deadline::after(REFRESH_DEADLINE))?;
     revision_changed(mount, device, &old);
-    mount.expire_listings();
     Ok(outcome)
 }
 
@@ -319,7 +345,6 @@ pub(crate) fn switch_root(
     let old = mount.view.repository().snapshot();
     let outcome = mount.view.repository().switch_root(root, Deadline::after(REFRESH_DEADLINE))?;
     revision_changed(mount, device, &old);
-    mount.expire_listings();
     Ok(outcome)
 }
 
@@ -332,5 +357,6 @@ fn revision_changed(mount: &Mount, device: &OwnedFd, old: &Snapshot) {
     }
     mount.view.revision_changed();
     tracing::info!(decision = "revision", revision = pin.revision, root = %pin.root_hash, "new revision in use");
-    mount.invalidation.revision_changed(device, old, &new);
+    mount.invalidation.revision_changed(device, old, &new, &|node| mount.is_busy(node));
+    mount.state.record_told();
 }

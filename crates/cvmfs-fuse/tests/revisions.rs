@@ -91,7 +91,7 @@ fn moves_without_a_trace(kernel: Option<&str>, options: &str) {
 }
 
 #[test]
-fn a_kernel_with_epochs_shows_each_revision_at_once() {
+fn this_kernel_shows_each_revision_at_once() {
     moves_without_a_trace(None, "");
 }
 

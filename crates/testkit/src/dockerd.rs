@@ -203,6 +203,12 @@ impl Dockerd {
         let _ = std::fs::remove_file(self.runtime.path().join("exec/containerd/containerd.pid"));
     }
 
+    /// As if the machine had been switched off: all processes and mounts are gone, what is on the disk stays.
+    pub fn switch_off(&mut self) {
+        self.kill();
+        self.end_rest();
+    }
+
     /// Starts a stopped engine on the same data root and waits until it answers.
     pub fn start(&mut self) -> Result<()> {
         let started = self.try_start();

@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::managed_plugin::{self, Links, NAME};
 use crate::published::EtcCvmfs;
-use crate::{Dockerd, ScratchDir, binary};
+use crate::{Dockerd, DockerdBuilder, ScratchDir, binary};
 
 /// A dockerd started with `-s` on the plugin. Stopped and removed when dropped.
 #[derive(Debug)]
@@ -28,13 +28,18 @@ impl ThinEngine {
 
     /// As [`ThinEngine::start`], with this plugin binary.
     pub fn start_with(graphdriver: &std::path::Path) -> Result<Self> {
+        Self::start_on(Dockerd::builder(), graphdriver)
+    }
+
+    /// As [`ThinEngine::start_with`], with these options of the engine.
+    pub fn start_on(dockerd: DockerdBuilder, graphdriver: &std::path::Path) -> Result<Self> {
         let directory = ScratchDir::new("plugin")?;
         let etc = EtcCvmfs::create(&directory.path().join("etc-cvmfs"))?;
         let minio = directory.path().join("minio");
         std::fs::create_dir(&minio)?;
         let plugin = directory.path().join("plugin");
         managed_plugin::assemble(&plugin, graphdriver)?;
-        let mut dockerd = Dockerd::builder().start()?;
+        let mut dockerd = dockerd.start()?;
         managed_plugin::enable(&dockerd, &plugin, Links { cvmfs: etc.path(), minio: &minio })?;
         crate::scratch::remove(&plugin);
         dockerd.restart_with_driver(NAME)?;

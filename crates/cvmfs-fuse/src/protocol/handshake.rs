@@ -12,8 +12,6 @@ const MINOR: u32 = 45;
 const OLDEST_MINOR: u32 = 21;
 /// From this version on the answer has 64 bytes; before 24.
 const LONG_ANSWER_MINOR: u32 = 23;
-/// The first version whose kernels know epochs (Linux 6.16).
-const EPOCH_MINOR: u32 = 44;
 
 /// The smallest value the kernel accepts. Nothing is ever written.
 const MAX_WRITE: u32 = 4096;
@@ -62,11 +60,6 @@ impl Agreement {
     /// Whether a capability is in use.
     pub(crate) fn has(&self, capability: u64) -> bool {
         self.capabilities & capability == capability
-    }
-
-    /// Whether the kernel can be told to look all entries up again.
-    pub(crate) fn has_epochs(&self) -> bool {
-        self.kernel_minor >= EPOCH_MINOR
     }
 }
 
@@ -191,7 +184,6 @@ mod tests {
         let (reply, agreement) = offer.answer(PASSTHROUGH | DO_READDIRPLUS | CACHE_SYMLINKS);
         assert!(agreement.has(PASSTHROUGH) && agreement.has(DO_READDIRPLUS));
         assert!(!agreement.has(CACHE_SYMLINKS) && !agreement.has(ASYNC_READ));
-        assert!(agreement.has_epochs());
         assert_eq!(reply.len(), 80);
         assert_eq!(u32::from_ne_bytes(reply[52..56].try_into().unwrap()), 1, "stack depth");
         assert_eq!(agreed_in(&offer, &reply), agreement, "a successor learns it from the record");

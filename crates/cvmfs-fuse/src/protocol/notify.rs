@@ -11,19 +11,12 @@ const INVALIDATE_NODE: i32 = 2;
 const INVALIDATE_ENTRY: i32 = 3;
 /// `FUSE_NOTIFY_RESEND`: Linux 6.9.
 const RESEND: i32 = 7;
-/// `FUSE_NOTIFY_INC_EPOCH`: Linux 6.16.
-const NEXT_EPOCH: i32 = 8;
 /// `FUSE_EXPIRE_ONLY`: Linux 6.2.
 const EXPIRE_ONLY: u32 = 1;
 
 /// Has the kernel send the requests in flight again. To be called when their reader is dead.
 pub(crate) fn resend(device: impl AsFd) -> io::Result<()> {
     send(device, RESEND, &[])
-}
-
-/// Has the kernel look all entries up again before their next use.
-pub(crate) fn next_epoch(device: impl AsFd) -> io::Result<()> {
-    send(device, NEXT_EPOCH, &[])
 }
 
 /// The kernel forgets attributes and pages (or the listing) of a node.

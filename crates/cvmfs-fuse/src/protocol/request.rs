@@ -38,14 +38,11 @@ pub(crate) enum Operation<'a> {
     },
     Opendir,
     Readdir {
-        handle: u64,
         offset: u64,
         size: u32,
         plus: bool,
     },
-    Releasedir {
-        handle: u64,
-    },
+    Releasedir,
     Statfs,
     Getxattr {
         name: &'a [u8],
@@ -205,11 +202,11 @@ fn operation(number: u32, mut fields: Fields<'_>) -> Option<Operation<'_>> {
         opcode::RELEASE => Operation::Release { handle: fields.u64()? },
         opcode::OPENDIR => Operation::Opendir,
         opcode::READDIR | opcode::READDIRPLUS => {
-            let handle = fields.u64()?;
+            let _handle = fields.u64()?;
             let plus = number == opcode::READDIRPLUS;
-            Operation::Readdir { handle, offset: fields.u64()?, size: fields.u32()?, plus }
+            Operation::Readdir { offset: fields.u64()?, size: fields.u32()?, plus }
         }
-        opcode::RELEASEDIR => Operation::Releasedir { handle: fields.u64()? },
+        opcode::RELEASEDIR => Operation::Releasedir,
         opcode::STATFS => Operation::Statfs,
         opcode::GETXATTR => {
             let size = fields.u32()?;
