@@ -8,14 +8,14 @@ mod changes;
 mod commit;
 mod content;
 mod mounting;
+mod references;
 mod status;
 mod view;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Component, Path, PathBuf};
-use std::sync::Mutex;
 
 use overlay::ids::{IdMap, IdMaps, IdRange};
 
@@ -28,6 +28,7 @@ use crate::protocol::{CreateRequest, IdMapEntry, InitRequest};
 use crate::publishing::{Publishing, PublishingError};
 use crate::repositories::{Repositories, RepositoryError};
 use crate::store::{LayerStore, Owner, StoreError};
+use references::References;
 
 /// An initialised driver.
 #[derive(Debug)]
@@ -41,8 +42,16 @@ pub struct Driver {
     repositories: Repositories,
     publishing: Publishing,
     locks: KeyedLocks<LayerId>,
-    /// References per layer, as far as this process has seen the layer.
-    references: Mutex<HashMap<LayerId, u32>>,
+    references: References,
+}
+
+/// What the engine knows of the layers that are mounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Engine {
+    /// Nothing: it was started.
+    BeginsAnew,
+    /// Everything: only the plugin was started again.
+    GoesOn,
 }
 
 /// Why a call fails. The text is what the user of the engine reads.
@@ -138,7 +147,8 @@ fn name_of(parent: &Option<LayerId>) -> String {
 
 impl Driver {
     /// Sets up the driver for an engine: checks the request and the host, cleans up
-    /// after a crash, adopts the mounts that are still in use.
+    /// after a crash, adopts the mounts that are still in use. What is to be known of them if only this process ends
+    /// is kept below `state`.
     ///
     /// # Errors
     /// The first thing that is wrong with the request or the host.
@@ -146,6 +156,7 @@ impl Driver {
         init: &InitRequest,
         repository_mounts: &MountsFactory,
         publishing: &Publishing,
+        (engine, state): (Engine, &Path),
     ) -> Result<Self, DriverError> {
         let options = DriverOptions::parse(&init.options)?;
         let home = absolute(&init.home)?;
@@ -161,7 +172,10 @@ impl Driver {
             options,
             id_maps: IdMaps { users: id_map(&init.uid_maps), groups: id_map(&init.gid_maps) },
             locks: KeyedLocks::new(),
-            references: Mutex::default(),
+            references: match engine {
+                Engine::BeginsAnew => References::fresh(state),
+                Engine::GoesOn => References::restored(state),
+            },
         };
         driver.check_overlay()?;
         driver.repositories.recover();

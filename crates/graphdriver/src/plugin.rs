@@ -9,7 +9,7 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use crate::driver::{Driver, DriverError};
+use crate::driver::{Driver, DriverError, Engine};
 use crate::options::MountMethod;
 use crate::protocol::InitRequest;
 use crate::publishing::Publishing;
@@ -46,7 +46,7 @@ impl Plugin {
         let plugin = Self { state, mounts, publishing, driver: RwLock::new(None) };
         match read_state(&plugin.state) {
             Ok(None) => {}
-            Ok(Some(init)) => match plugin.set_up(&init) {
+            Ok(Some(init)) => match plugin.set_up(&init, Engine::GoesOn) {
                 Ok(()) => tracing::info!(home = init.home, "initialised as before the restart"),
                 Err(error) => {
                     tracing::error!(home = init.home, %error, "cannot initialise as before the restart");
@@ -67,7 +67,7 @@ impl Plugin {
     /// The first thing that is wrong with the request or the host; then the driver stays
     /// as it was.
     pub fn init(&self, init: InitRequest) -> Result<(), DriverError> {
-        self.set_up(&init)?;
+        self.set_up(&init, Engine::BeginsAnew)?;
         let text = serde_json::to_string(&init).expect("the request came as JSON");
         write_state(&self.state, &text)
             .map_err(|cause| DriverError::State { path: self.state.clone(), cause })?;
@@ -83,8 +83,9 @@ impl Plugin {
         self.driver.read().unwrap_or_else(PoisonError::into_inner).clone().ok_or(DriverError::NotInitialised)
     }
 
-    fn set_up(&self, init: &InitRequest) -> Result<(), DriverError> {
-        let driver = Arc::new(Driver::open(init, &self.mounts, &self.publishing)?);
+    fn set_up(&self, init: &InitRequest, engine: Engine) -> Result<(), DriverError> {
+        let state = self.state.parent().unwrap_or(Path::new("/"));
+        let driver = Arc::new(Driver::open(init, &self.mounts, &self.publishing, (engine, state))?);
         *self.driver.write().unwrap_or_else(PoisonError::into_inner) = Some(driver);
         Ok(())
     }

@@ -214,6 +214,12 @@ impl Repositories {
         acquired
     }
 
+    /// Whether all repositories that `locations` lie in are mounted.
+    pub fn are_mounted(&self, locations: &[&Location]) -> bool {
+        let mounted = if locations.is_empty() { Vec::new() } else { self.mounts.mounted() };
+        distinct(locations).iter().all(|fqrn| mounted.contains(fqrn))
+    }
+
     /// Notes `holder` as user of repositories that are mounted already, after a restart.
     pub fn adopt(&self, holder: &str, locations: &[&Location]) {
         for fqrn in distinct(locations) {

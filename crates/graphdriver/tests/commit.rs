@@ -143,7 +143,7 @@ fn a_commit_waits_for_the_original_service_and_answers_with_the_descriptor_alone
 
 #[test]
 fn row_80_a_service_that_publishes_for_ever_or_does_not_know_the_layer_ends_in_an_error_in_time() {
-    for (script, option, most, reason) in [
+    let cases = [
         ((200, "publishing"), "cvmfsCommitTimeout=3", 20, "was not published within 3 seconds"),
         ((200, "unknown"), "cvmfsCommitTimeout=3", 20, "does not know it"),
         ((200, "unknown"), "cvmfsCommitTimeout=600", 55, "does not know it"),
@@ -151,16 +151,21 @@ fn row_80_a_service_that_publishes_for_ever_or_does_not_know_the_layer_ends_in_a
         ((500, "done"), "cvmfsCommitTimeout=3", 20, "500"),
         // Published, but not seen here.
         ((200, "DONE"), "cvmfsCommitTimeout=3", 20, "cannot be read here"),
-    ] {
-        let world = World::new(&[option], &[script]);
-        let begun = Instant::now();
-        let message = world.commit().unwrap_err();
-        assert!(message.contains(reason) && message.contains("can be repeated"), "{message}");
-        assert!(begun.elapsed() < Duration::from_secs(most), "{:?}", begun.elapsed());
-        // Nothing is lost: it works once the service does.
-        *world.script.lock().unwrap() = vec![(200, "done")];
-        assert_eq!(names(&world.commit().unwrap()), ["thin.json"]);
-    }
+    ];
+    std::thread::scope(|scope| {
+        for (script, option, most, reason) in cases {
+            scope.spawn(move || {
+                let world = World::new(&[option], &[script]);
+                let begun = Instant::now();
+                let message = world.commit().unwrap_err();
+                assert!(message.contains(reason) && message.contains("can be repeated"), "{message}");
+                assert!(begun.elapsed() < Duration::from_secs(most), "{:?}", begun.elapsed());
+                // Nothing is lost: it works once the service does.
+                *world.script.lock().unwrap() = vec![(200, "done")];
+                assert_eq!(names(&world.commit().unwrap()), ["thin.json"]);
+            });
+        }
+    });
 }
 
 #[test]

@@ -1,9 +1,7 @@
 //! `Get`, `Put` and what is mounted (graph driver plugin §10 and §11).
 
-use std::collections::HashMap;
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
-use std::sync::{MutexGuard, PoisonError};
 
 use overlay::mount::{OverlayMount, remove_mount_point};
 use thin_image::Location;
@@ -34,7 +32,7 @@ impl Driver {
                 if references == 0 || !mounts::is_mounted(&merged) {
                     self.mount(id, &lowers, mount_label, references == 0)?;
                 }
-                self.references().insert(id.clone(), references.saturating_add(1));
+                self.references.set(id, references.saturating_add(1));
                 merged
             }
         };
@@ -54,7 +52,7 @@ impl Driver {
             0 => Ok(()),
             1 => self.unmount_whatever_the_references(id),
             references => {
-                self.references().insert(id.clone(), references - 1);
+                self.references.set(id, references - 1);
                 Ok(())
             }
         }
@@ -78,11 +76,18 @@ impl Driver {
         result
     }
 
-    /// Notes which repositories the layers use that an earlier process mounted.
+    /// Notes which repositories the layers use that an earlier process mounted. A layer whose repository is gone
+    /// shows nothing but errors, also to whoever gets it anew: it is unmounted, and mounted again when it is needed.
     pub(super) fn adopt_mounted(&self) {
         for id in self.mounted_layers() {
             match self.store.lowers(&id) {
-                Ok(lowers) => self.repositories.adopt(id.as_str(), &locations(&lowers)),
+                Ok(lowers) if self.repositories.are_mounted(&locations(&lowers)) => {
+                    self.repositories.adopt(id.as_str(), &locations(&lowers));
+                }
+                Ok(_) => {
+                    let unmounted = mounts::unmount_all(&self.store.merged_directory(&id));
+                    tracing::warn!(%id, ?unmounted, "unmounted a layer whose repository is gone");
+                }
                 Err(error) => tracing::warn!(%id, %error, "mounted, but cannot be read"),
             }
         }
@@ -141,6 +146,9 @@ impl Driver {
         };
         let (diff, work) = (self.store.diff_directory(id), self.store.work_directory(id));
         let merged = self.store.merged_directory(id);
+        // Where nothing is mounted for this process, a mount of an earlier one may be left for others, and would lie on
+        // top of this one. It goes with the directory.
+        remove_mount_point(&merged)?;
         make_directory(&merged, 0o700, self.store.owner())?;
         if self.store.is_committed(id) {
             overlay.lowers.insert(0, diff);
@@ -171,7 +179,7 @@ impl Driver {
         // Several lie on each other after a mount had been lost and made again.
         mounts::unmount_all(&merged)?;
         remove_mount_point(&merged)?;
-        self.references().remove(id);
+        self.references.forget(id);
         self.repositories.release(id.as_str());
         Ok(())
     }
@@ -179,16 +187,12 @@ impl Driver {
     /// References of a layer. One that this process has not seen yet but finds mounted
     /// has one: that of a running container.
     fn references_of(&self, id: &LayerId) -> u32 {
-        let known = self.references().get(id).copied();
+        let known = self.references.get(id);
         known.unwrap_or_else(|| u32::from(mounts::is_mounted(&self.store.merged_directory(id))))
     }
 
     fn mounted_layers(&self) -> Vec<LayerId> {
         mounts::below(self.store.home()).iter().filter_map(|path| self.store.layer_mounted_at(path)).collect()
-    }
-
-    fn references(&self) -> MutexGuard<'_, HashMap<LayerId, u32>> {
-        self.references.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
