@@ -195,7 +195,7 @@ impl Session<'_> {
         command.args(["-c", "cd $0; find . | sort | xargs -d '\\n' stat -c '%n %F %a' | grep -v pipe; find . -type f | sort | xargs -d '\\n' sha256sum", &copied]);
         let text = run(command, PATIENCE).unwrap().success().unwrap();
         self.transcript.note("cp out", text);
-        std::fs::write(&copied.replace("copied", "one"), "copied in").unwrap();
+        std::fs::write(copied.replace("copied", "one"), "copied in").unwrap();
         self.docker(&["cp", &copied.replace("copied", "one"), "changed:/srv/full/in"]);
         let changes = sorted(self.docker(&["diff", "changed"]));
         self.transcript.note("diff after cp in", changes);
