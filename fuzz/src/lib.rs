@@ -23,7 +23,9 @@ mod documents;
 pub mod driver;
 mod fixtures;
 mod images;
+mod layer_service;
 mod network;
+mod plugin;
 mod signed;
 mod snapshots;
 
@@ -41,7 +43,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 20] = [
+pub const TARGETS: [Target; 22] = [
     signed::MANIFEST,
     signed::WHITELIST,
     signed::KEYS,
@@ -62,6 +64,8 @@ pub const TARGETS: [Target; 20] = [
     network::GEO_REPLY,
     images::DESCRIPTOR,
     images::LAYER,
+    plugin::REQUEST,
+    layer_service::DOCUMENTS,
 ];
 
 /// The target with this name.

@@ -125,6 +125,18 @@ fn a_committed_container_is_a_thin_image_that_runs_here_and_elsewhere() {
     other.dockerd.docker(&["pull", &pushed]).unwrap();
     assert_eq!(other.dockerd.run(&[&pushed]).unwrap(), "newer");
     assert_eq!(World::shown(&other.dockerd, &pushed), World::shown(docker, "committed:2"));
+    // A classic builder commits a container for each RUN, and writes other layers by itself.
+    let context = world.repository.scratch().join("context");
+    std::fs::create_dir(&context).unwrap();
+    let dockerfile =
+        format!("FROM {}\nRUN echo built > /srv/name; rm /srv/old\nCOPY Dockerfile /srv/\n", world.thin);
+    std::fs::write(context.join("Dockerfile"), dockerfile).unwrap();
+    let mut build = docker.docker_command(&["build", "--network=host", "-t", "built:1"]);
+    build.arg(&context).env("DOCKER_BUILDKIT", "0");
+    testkit::process::run(build, Duration::from_secs(120)).unwrap().success().unwrap();
+    let shown = docker.run(&["built:1", "/bin/sh", "-c", "cat /srv/name; ls /srv"]).unwrap();
+    assert_eq!(shown, "built\nDockerfile\nfull\nname");
+    assert_eq!(world.layers_in_bucket(), 3);
     world.repository.publish("check", &[]).unwrap().success().unwrap();
     let info = docker.docker(&["info", "--format", "{{json .DriverStatus}}"]).unwrap();
     assert!(info.contains(&world.repository.fqrn) && !info.contains("not-a-secret"), "{info}");

@@ -20,6 +20,8 @@ pub const DEFAULT_BUCKET: &str = "layers";
 const DEFAULT_REGION: &str = "us-east-1";
 /// Largest accepted file in bytes; real ones have 300.
 const MAX_BYTES: u64 = 64 << 10;
+/// Characters of a value that a message repeats.
+const MAX_QUOTED: usize = 200;
 /// The keys, as the original writes them and in its order; `Bucket` and `Region` are ours.
 const KEYS: [&str; 8] =
     ["AccessKey", "AccessSecret", "Host", "SSL", "CvmfsRepo", "PublishStatusURL", "Bucket", "Region"];
@@ -112,21 +114,26 @@ impl LayerServiceConfig {
         let host = fields.text("Host")?;
         let is_host = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | ':' | '[' | ']');
         if !host.chars().all(is_host) {
-            return Err(format!("Host {host:?} is not of the form HOST or HOST:PORT (without a scheme)"));
+            let host = quoted(&host);
+            return Err(format!("Host {host} is not of the form HOST or HOST:PORT (without a scheme)"));
         }
         let scheme = if fields.flag("SSL")? { "https" } else { "http" };
         let endpoint = format!("{scheme}://{host}");
         if Url::parse(&endpoint).is_err() {
-            return Err(format!("Host {host:?} is not of the form HOST or HOST:PORT"));
+            return Err(format!("Host {} is not of the form HOST or HOST:PORT", quoted(&host)));
         }
         let repository = fields.text("CvmfsRepo")?;
         if let Err(error) = Location::new(&repository, DEFAULT_BUCKET) {
-            return Err(format!("CvmfsRepo {repository:?}: {error}"));
+            return Err(format!("CvmfsRepo {}: {error}", quoted(&repository)));
         }
         let status = fields.text("PublishStatusURL")?;
+        if status.contains('@') {
+            // It would stand in messages.
+            return Err("PublishStatusURL must not have a user name or password".to_owned());
+        }
         let status_url = match Url::parse(status.trim_end_matches('/')) {
             Ok(url) if matches!(url.scheme(), "http" | "https") && url.has_host() => url,
-            _ => return Err(format!("PublishStatusURL {status:?} is no http or https URL")),
+            _ => return Err(format!("PublishStatusURL {} is no http or https URL", quoted(&status))),
         };
         if status_url.query().is_some() || status_url.fragment().is_some() {
             return Err(
@@ -136,7 +143,8 @@ impl LayerServiceConfig {
         let bucket = fields.optional_text("Bucket")?.unwrap_or_else(|| DEFAULT_BUCKET.to_owned());
         if !bucket.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_')) {
             return Err(format!(
-                "Bucket {bucket:?} has other characters than letters, digits, '.', '-' and '_'"
+                "Bucket {} has other characters than letters, digits, '.', '-' and '_'",
+                quoted(&bucket)
             ));
         }
         let region = fields.optional_text("Region")?.unwrap_or_else(|| DEFAULT_REGION.to_owned());
@@ -179,6 +187,11 @@ impl fmt::Debug for LayerServiceConfig {
             .field("status_url", &self.status_url.as_str())
             .finish_non_exhaustive()
     }
+}
+
+/// A value for a message, shortened.
+fn quoted(text: &str) -> String {
+    format!("{:?}", text.chars().take(MAX_QUOTED).collect::<String>())
 }
 
 /// Fields of the document that nobody has taken yet.
@@ -255,11 +268,12 @@ mod tests {
             ("CvmfsRepo", "\"../etc\""),
             ("PublishStatusURL", "\"file:///etc\""),
             ("PublishStatusURL", "\"http://server/?a\""),
+            ("PublishStatusURL", "\"http://user:SECRET@server/\""),
             ("Bucket", "\"a/b\""),
             ("Region", "\"a\\nb\""),
         ] {
             let message = with(key, value).unwrap_err();
-            assert!(message.contains(key), "{key} = {value}: {message}");
+            assert!(message.contains(key) && !message.contains("SECRET"), "{key} = {value}: {message}");
         }
         assert!(LayerServiceConfig::parse(b"[]").is_err());
         assert!(LayerServiceConfig::parse(&vec![b' '; 70_000]).unwrap_err().contains("larger"));

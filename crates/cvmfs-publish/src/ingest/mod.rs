@@ -90,6 +90,21 @@ pub struct IngestOptions {
     pub absolute_names: AbsoluteNames,
 }
 
+impl IngestOptions {
+    /// A container layer whose digest is verified by others: whiteouts as overlayfs reads them, with extended
+    /// attributes, in a catalog of its own.
+    pub fn of_layer() -> IngestOptions {
+        IngestOptions {
+            catalog: true,
+            whiteouts: Whiteouts::Overlay,
+            xattrs: true,
+            // The digest vouches for completeness.
+            end_of_archive: EndOfArchive::Optional,
+            ..IngestOptions::default()
+        }
+    }
+}
+
 /// What an ingest did, beside the counters of the transaction.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct IngestReport {

@@ -12,6 +12,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bucket::event::created_layers;
 use bucket::service::{REASON_HEADER, REVISION_HEADER, ROOT_HASH_HEADER};
 use bucket::{LayerKey, LayerState};
 use bytes::Bytes;
@@ -20,7 +21,6 @@ use hyper::body::Incoming;
 use hyper::header::{AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 
-use super::event::created_layers;
 use super::publish::Worker;
 use super::queue::{Queue, Told};
 

@@ -8,7 +8,6 @@
 //! done. Layers become known by the store's event notifications, by the engines' own questions, and by looking into
 //! the bucket; the first is never needed.
 
-mod event;
 mod http;
 mod publish;
 mod queue;

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use bucket::{LayerKey, LayerState};
 use cvmfs_format::ContentHash;
-use layer_tar::EndOfArchive;
 use sha2::{Digest, Sha256};
 
 use super::LayerServiceOptions;
@@ -15,7 +14,7 @@ use super::queue::{Outcome, Published, Queue, Told};
 use crate::decompress::decompressed;
 use crate::error::{PublishError, chain};
 use crate::head::Head;
-use crate::ingest::{IngestOptions, Whiteouts};
+use crate::ingest::IngestOptions;
 use crate::interrupt::Interrupt;
 use crate::keys::KeyFiles;
 use crate::path::RepositoryPath;
@@ -251,17 +250,9 @@ impl Worker {
         key: &LayerKey,
         file: File,
     ) -> Result<u64, PublishError> {
-        let options = IngestOptions {
-            catalog: true,
-            whiteouts: Whiteouts::Overlay,
-            xattrs: true,
-            // The name vouches for completeness.
-            end_of_archive: EndOfArchive::Optional,
-            ..IngestOptions::default()
-        };
         let size = file.metadata().map_err(PublishError::Input)?.len();
         let plain = decompressed(file).map_err(PublishError::Input)?;
-        let report = transaction.ingest_tar(&self.directory(key), plain, &options)?;
+        let report = transaction.ingest_tar(&self.directory(key), plain, &IngestOptions::of_layer())?;
         for warning in &report.warnings {
             tracing::warn!(layer = %key, "{warning}");
         }

@@ -2,8 +2,7 @@
 
 use std::io::{self, Read};
 
-use cvmfs_publish::{IngestOptions, PublishError, Publisher, Whiteouts};
-use layer_tar::EndOfArchive;
+use cvmfs_publish::{IngestOptions, PublishError, Publisher};
 use registry::Descriptor;
 
 use crate::failure::ConvertError;
@@ -33,14 +32,7 @@ pub(super) fn layers(
     if missing.is_empty() {
         return Ok(Stored { revision: publisher.head().manifest.revision, bytes_stored: 0 });
     }
-    let options = IngestOptions {
-        catalog: true,
-        whiteouts: Whiteouts::Overlay,
-        xattrs: true,
-        // The diff id vouches for completeness.
-        end_of_archive: EndOfArchive::Optional,
-        ..IngestOptions::default()
-    };
+    let options = IngestOptions::of_layer();
     let mut transaction = publisher.begin()?;
     for mut layer in missing {
         let digest = layer.wanted.blob.digest.to_string();

@@ -1,7 +1,8 @@
 //! Event notifications of S3 stores: which objects were created (thin images §7.2).
 
-use bucket::LayerKey;
 use serde::Deserialize;
+
+use crate::layers::LayerKey;
 
 /// A notification, as far as it is read. Names are those of the S3 event structure.
 #[derive(Deserialize)]
@@ -32,7 +33,7 @@ struct Object {
 ///
 /// # Errors
 /// What is no notification.
-pub(super) fn created_layers(body: &[u8]) -> Result<Vec<LayerKey>, serde_json::Error> {
+pub fn created_layers(body: &[u8]) -> Result<Vec<LayerKey>, serde_json::Error> {
     let notification: Notification = serde_json::from_slice(body)?;
     let is_creation = |record: &Record| record.event.is_empty() || record.event.contains("ObjectCreated:");
     // Keys are URL-encoded, which changes none of ours but the slashes of a prefix.
