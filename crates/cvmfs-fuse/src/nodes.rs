@@ -15,6 +15,7 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cvmfs_client::snapshot::Located;
@@ -124,13 +125,14 @@ impl Moment {
 #[derive(Debug, Default)]
 pub struct NodeTable {
     generations: Mutex<Generations>,
+    /// The present moment; changed with the lock, read without.
+    moment: AtomicU64,
 }
 
 #[derive(Debug, Default)]
 struct Generations {
     young: HashMap<u64, Arc<Node>, BuildHasherDefault<Same>>,
     old: HashMap<u64, Arc<Node>, BuildHasherDefault<Same>>,
-    moment: Moment,
     /// Nodes of open files, which are not forgotten: after an update nothing else may know them.
     held: HashMap<u64, Arc<Node>, BuildHasherDefault<Same>>,
 }
@@ -189,7 +191,7 @@ impl NodeTable {
 
     /// The present moment. Take it before the revision from which nodes are made.
     pub fn moment(&self) -> Moment {
-        self.generations.lock().unwrap_or_else(PoisonError::into_inner).moment
+        Moment(self.moment.load(Ordering::SeqCst))
     }
 
     /// Remembers a node, unless the revision changed since its moment.
@@ -205,7 +207,7 @@ impl NodeTable {
             return Err(Collision);
         }
         let node = Arc::new(node);
-        if node.moment == generations.moment {
+        if node.moment == self.moment() {
             generations.keep(node.clone());
         }
         Ok(node)
@@ -215,8 +217,8 @@ impl NodeTable {
     pub fn clear(&self) {
         let mut generations = self.generations.lock().unwrap_or_else(PoisonError::into_inner);
         let held = std::mem::take(&mut generations.held);
-        let moment = generations.moment.next();
-        *generations = Generations { held, moment, ..Generations::default() };
+        self.moment.store(self.moment().next().0, Ordering::SeqCst);
+        *generations = Generations { held, ..Generations::default() };
     }
 }
 
