@@ -159,6 +159,17 @@ impl World {
         Ok(())
     }
 
+    /// The processes of a container are not the plugin's: without it they go on.
+    fn still_runs(&self, event: Event) -> Result<(), String> {
+        if !matches!(event, PluginKilled | PluginDisabled) {
+            return Ok(());
+        }
+        match self.docker(&["inspect", "--format", "{{.State.Running}}", "normal"])?.as_str() {
+            "true" => Ok(()),
+            running => Err(format!("the container of the normal image runs: {running}")),
+        }
+    }
+
     /// Containers that ended start again, and new ones start.
     fn start_again(&mut self, are_kept: bool) -> Result<(), String> {
         if !are_kept {
@@ -255,6 +266,7 @@ fn play(mut world: World, events: &[Event], live_restore: bool) {
         let outcome = world
             .happen(*event)
             .and_then(|()| if are_kept { world.read_on() } else { Ok(()) })
+            .and_then(|()| world.still_runs(*event))
             .and_then(|()| world.start_again(are_kept))
             .and_then(|()| world.count_mounts());
         let seconds = begun.elapsed().as_secs_f64();
