@@ -66,13 +66,12 @@ pub struct LayerService {
 }
 
 impl LayerService {
-    /// Checks keys, repository and bucket, binds to `address` (`host:port`, port 0 for a free one), and begins to
+    /// Checks keys, repository and bucket, then binds to `address` (`host:port`, port 0 for a free one), and begins to
     /// publish what lies in the bucket.
     ///
     /// # Errors
     /// Whatever would keep it from publishing.
     pub async fn start(address: &str, options: LayerServiceOptions) -> Result<LayerService, PublishError> {
-        let listener = TcpListener::bind(address).await.map_err(PublishError::local("listen on", address))?;
         let base = RepositoryPath::parse(options.base.as_bytes())?;
         let queue = Arc::new(Queue::default());
         let interrupt = Interrupt::default();
@@ -85,6 +84,8 @@ impl LayerService {
         .await
         .map_err(|error| PublishError::damaged("layer service", error))?;
         first_look?;
+        // Last: whoever can connect is answered.
+        let listener = TcpListener::bind(address).await.map_err(PublishError::local("listen on", address))?;
         let worker = Arc::new(worker);
         let answers = Arc::new(Answers::new(worker.clone(), queue.clone(), token));
         let thread = std::thread::Builder::new().name("layers".to_owned()).spawn(move || worker.run());
