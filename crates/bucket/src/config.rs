@@ -10,7 +10,7 @@ use reqwest::Url;
 use serde_json::{Map, Value};
 use thin_image::Location;
 
-use crate::connection::{Connection, InvalidLocation};
+use crate::connection::{Connection, InvalidLocation, is_name};
 
 /// Name of the file.
 pub const FILE_NAME: &str = "config.json";
@@ -22,11 +22,8 @@ const DEFAULT_REGION: &str = "us-east-1";
 const MAX_BYTES: u64 = 64 << 10;
 /// Characters of a value that a message repeats.
 const MAX_QUOTED: usize = 200;
-/// The keys, as the original writes them and in its order; `Bucket` and `Region` are ours.
-const KEYS: [&str; 8] =
-    ["AccessKey", "AccessSecret", "Host", "SSL", "CvmfsRepo", "PublishStatusURL", "Bucket", "Region"];
 
-/// A validated `config.json`.
+/// A validated `config.json`. Of its keys `Bucket` and `Region` are ours, the others the original's.
 #[derive(Clone)]
 pub struct LayerServiceConfig {
     access_key: String,
@@ -141,7 +138,7 @@ impl LayerServiceConfig {
             );
         }
         let bucket = fields.optional_text("Bucket")?.unwrap_or_else(|| DEFAULT_BUCKET.to_owned());
-        if !bucket.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_')) {
+        if !is_name(&bucket) {
             return Err(format!(
                 "Bucket {} has other characters than letters, digits, '.', '-' and '_'",
                 quoted(&bucket)
@@ -199,7 +196,6 @@ struct Fields(Map<String, Value>);
 
 impl Fields {
     fn take(&mut self, name: &'static str) -> Option<Value> {
-        debug_assert!(KEYS.contains(&name));
         let key = self.0.keys().find(|key| key.eq_ignore_ascii_case(name)).cloned()?;
         self.0.remove(&key)
     }

@@ -55,12 +55,11 @@ impl Location {
         let invalid = |reason: &str| InvalidLocation { location: url.to_owned(), reason: reason.to_owned() };
         let rest = url.strip_prefix("s3://").ok_or_else(|| invalid("does not begin with s3://"))?;
         let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
-        let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
-        if bucket.is_empty() || !bucket.chars().all(allowed) {
+        if !is_name(bucket) {
             return Err(invalid("is not of the form s3://BUCKET/PREFIX"));
         }
         let prefix = prefix.trim_matches('/');
-        let is_plain = |part: &str| !matches!(part, "" | "." | "..") && part.chars().all(allowed);
+        let is_plain = |part: &str| !matches!(part, "." | "..") && is_name(part);
         if !prefix.is_empty() && !prefix.split('/').all(is_plain) {
             return Err(invalid(
                 "has a prefix with other characters than letters, digits, `.`, `-`, `_` and `/`",
@@ -68,6 +67,12 @@ impl Location {
         }
         Ok(Location { bucket: bucket.to_owned(), prefix: prefix.to_owned() })
     }
+}
+
+/// Whether a bucket, or a part of a prefix, may be called so.
+pub(crate) fn is_name(text: &str) -> bool {
+    let is_allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+    !text.is_empty() && text.chars().all(is_allowed)
 }
 
 /// A bucket in a store, and whether its user says that the store has conditional writes.

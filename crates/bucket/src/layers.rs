@@ -40,6 +40,11 @@ impl FromStr for LayerKey {
 }
 
 impl LayerKey {
+    /// The name of a layer whose bytes have this SHA-256.
+    pub fn of_sha256(digest: &[u8; 32]) -> LayerKey {
+        LayerKey(hex::encode(digest))
+    }
+
     /// The digits.
     pub fn as_str(&self) -> &str {
         &self.0
@@ -243,7 +248,7 @@ mod tests {
 
     #[test]
     fn a_key_is_a_digest_and_nothing_else() {
-        assert!("ab".repeat(32).parse::<LayerKey>().is_ok());
+        assert_eq!("ab".repeat(32).parse(), Ok(LayerKey::of_sha256(&[0xab; 32])));
         for bad in ["", "ab", "../etc/passwd", &"AB".repeat(32), &"ab".repeat(33), &"é".repeat(32)] {
             assert_eq!(bad.parse::<LayerKey>(), Err(InvalidKey), "{bad}");
         }

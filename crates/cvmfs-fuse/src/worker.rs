@@ -91,10 +91,8 @@ fn serve() -> Result<(), Failure> {
     let Assignment { request, last_settings } = serde_json::from_str(&line).map_err(io::Error::from)?;
     let state = Arc::new(SharedState::map(memory.as_fd())?);
     let settings = load_settings(&request, last_settings)?;
-    let predecessors = state.pin().filter(|_| state.is_answered());
-    let is_successor = predecessors.is_some();
-    let repository = match predecessors {
-        Some(pin) => {
+    let repository = match state.pin() {
+        Some(pin) if state.is_answered() => {
             tracing::warn!(
                 decision = "worker-restart",
                 workers = state.workers(),
@@ -102,7 +100,7 @@ fn serve() -> Result<(), Failure> {
             );
             Repository::resume(settings.client, Arc::new(SystemClock), pin)?
         }
-        None => {
+        _ => {
             let repository = Repository::open(settings.client, Arc::new(SystemClock))?;
             state.record_pin(&repository.snapshot().pinned());
             state.record_told();
@@ -135,8 +133,7 @@ fn serve() -> Result<(), Failure> {
     view.attach_again(has_open_files);
     let channel = Arc::new(Channel(device.try_clone()?));
     let mount = Arc::new(Mount::new(view, content, settings.kernel, agreement, state, channel));
-    let untold = is_successor.then(|| mount.state.told_before()).flatten();
-    if let Some(pin) = untold {
+    if let Some(pin) = mount.state.told_before() {
         tell_for_predecessor(&mount, device.try_clone()?, pin);
     }
     let (stop, stopped) = mpsc::channel();
@@ -311,11 +308,7 @@ fn tell_for_predecessor(mount: &Arc<Mount>, device: OwnedFd, before: Pin) {
         let recalled = repository.recall(before, &mount.state.catalogs(), Deadline::after(REFRESH_DEADLINE));
         let older = repository.older_snapshots();
         match older.iter().find(|snapshot| snapshot.pinned().root_hash == before.root_hash) {
-            Some(old) => {
-                let new = repository.snapshot();
-                mount.invalidation.revision_changed(&device, old, &new, &|node| mount.is_busy(node));
-                mount.state.record_told();
-            }
+            Some(old) => tell(&mount, &device, old, &repository.snapshot()),
             None => tracing::warn!(
                 error = %recalled.err().map(|error| chain(&error)).unwrap_or_default(),
                 "names of the revision before stay until their time is over"
@@ -357,6 +350,11 @@ fn revision_changed(mount: &Mount, device: &OwnedFd, old: &Snapshot) {
     }
     mount.view.revision_changed();
     tracing::info!(decision = "revision", revision = pin.revision, root = %pin.root_hash, "new revision in use");
-    mount.invalidation.revision_changed(device, old, &new, &|node| mount.is_busy(node));
+    tell(mount, device, old, &new);
+}
+
+/// Tells the kernel what differs, and a successor that this was done.
+fn tell(mount: &Mount, device: &OwnedFd, old: &Snapshot, new: &Snapshot) {
+    mount.invalidation.revision_changed(device, old, new, &|node| mount.is_busy(node));
     mount.state.record_told();
 }

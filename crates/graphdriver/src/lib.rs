@@ -14,6 +14,7 @@
 //! * No call holds the locks of two layers, and no two calls on different layers wait
 //!   for each other.
 
+mod causes;
 pub mod cli;
 pub mod driver;
 mod keeper;

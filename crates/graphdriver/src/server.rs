@@ -10,8 +10,6 @@
 mod calls;
 mod stream;
 
-pub(crate) use calls::with_causes;
-
 use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;

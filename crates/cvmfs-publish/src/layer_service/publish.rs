@@ -63,15 +63,16 @@ impl Worker {
             if !keys.is_empty() {
                 self.publish(keys);
             }
-            if self.options.watch.is_some() && Instant::now() >= next_look {
-                looked = Instant::now();
+            if Instant::now() < next_look {
+                continue;
+            }
+            looked = Instant::now();
+            if self.options.watch.is_some() {
                 let trouble = self.look_into_bucket().err().map(|error| error.full_message());
                 if let Some(reason) = &trouble {
                     tracing::warn!(reason, "cannot look into the bucket");
                 }
                 self.queue.trouble(trouble);
-            } else if Instant::now() >= next_look {
-                looked = Instant::now();
             }
         }
     }
@@ -204,19 +205,19 @@ impl Worker {
     /// if it stays the same is the layer to blame, and not the way here.
     fn fetch(&self, key: &LayerKey) -> Result<File, Outcome> {
         let (file, found) = self.copy(key)?;
-        if found == key.as_str() {
+        if found == *key {
             return Ok(file);
         }
         let (file, again) = self.copy(key)?;
-        if again == key.as_str() {
+        if again == *key {
             return Ok(file);
         }
         let reason = format!("the content is not what the name says: its SHA-256 is {again}");
         Err(if again == found { Outcome::Refused(reason) } else { Outcome::Failed(reason) })
     }
 
-    /// A copy of a layer, and its SHA-256.
-    fn copy(&self, key: &LayerKey) -> Result<(File, String), Outcome> {
+    /// A copy of a layer, and how it should be called.
+    fn copy(&self, key: &LayerKey) -> Result<(File, LayerKey), Outcome> {
         let mut body = self.options.bucket.read(key).map_err(|error| {
             let reason = chain(&error);
             if error.is_missing { Outcome::Refused(reason) } else { Outcome::Failed(reason) }
@@ -240,7 +241,7 @@ impl Worker {
             file.write_all(piece).map_err(failed)?;
         }
         file.rewind().map_err(failed)?;
-        Ok((file, digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()))
+        Ok((file, LayerKey::of_sha256(&digest.finalize().into())))
     }
 
     /// Bytes of the layer as it lies in the bucket.

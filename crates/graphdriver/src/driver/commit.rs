@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 use thin_image::{DESCRIPTOR_NAME, ThinImage};
 
 use super::{Driver, DriverError};
+use crate::causes::with_causes;
 use crate::layer_id::LayerId;
 use crate::options::CommitFallback;
 use crate::publishing;
@@ -48,7 +49,7 @@ impl Driver {
         };
         match committed {
             Err(error) if self.options.commit_fallback == CommitFallback::Diff => {
-                let reason = crate::server::with_causes(&error);
+                let reason = with_causes(&error);
                 tracing::warn!(%id, reason, "committing an ordinary layer instead (cvmfsCommitFallback=diff)");
                 Ok(None)
             }
@@ -92,9 +93,7 @@ impl Driver {
         let Digesting { out, digest, size } = plain.out.finish().map_err(failed)?;
         let mut file = out.into_inner().map_err(|error| failed(error.into_error()))?;
         file.rewind().map_err(failed)?;
-        let key: String = digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-        let key = key.parse().expect("a SHA-256 has 64 digits");
-        Ok(Some(Archive { key, file, size }))
+        Ok(Some(Archive { key: LayerKey::of_sha256(&digest.finalize().into()), file, size }))
     }
 
     /// The image under a container, if all its layers are thin: one descriptor for all of them.

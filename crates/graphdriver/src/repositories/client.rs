@@ -9,6 +9,7 @@ use cvmfs_fuse::MountRequest;
 use cvmfs_fuse::control;
 
 use super::{Fqrn, RepositoryError, RepositoryMounts, RepositoryStatus};
+use crate::causes::with_causes;
 use crate::mounts;
 
 /// A client that was told to end, because it did not answer in time, may still be mounted so long.
@@ -68,15 +69,7 @@ impl ClientMounts {
     }
 
     fn failed(fqrn: &Fqrn, error: &dyn std::error::Error) -> RepositoryError {
-        let mut message = error.to_string();
-        let mut cause = error.source();
-        while let Some(next) = cause {
-            let text = next.to_string();
-            if !message.contains(&text) {
-                message = format!("{message}: {text}");
-            }
-            cause = next.source();
-        }
+        let message = with_causes(error);
         // The client begins with the name of the repository, and so does this error.
         let message = message.strip_prefix(&format!("{fqrn}: ")).unwrap_or(&message).to_owned();
         RepositoryError::Mount { fqrn: fqrn.clone(), message }

@@ -11,6 +11,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::stream::{self, ResponseBody};
+use crate::causes::with_causes;
 use crate::driver::Driver;
 use crate::plugin::Plugin;
 use crate::protocol::{
@@ -39,20 +40,6 @@ impl<E: std::error::Error> From<E> for CallError {
     fn from(error: E) -> Self {
         Self { status: StatusCode::INTERNAL_SERVER_ERROR, message: with_causes(&error) }
     }
-}
-
-/// The message and those of its causes that it does not repeat: the engine shows one line.
-pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut message = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        let text = next.to_string();
-        if !message.contains(&text) {
-            message = format!("{message}: {text}");
-        }
-        cause = next.source();
-    }
-    message
 }
 
 /// Answers one request, whatever it is.

@@ -12,6 +12,9 @@ use crate::layer_id::LayerId;
 /// Largest file of the store: a `lower` with 500 links has 14.5 kB.
 const MAX_FILE_BYTES: u64 = 64 * 1024;
 
+/// The file with the id of the layer below.
+const PARENT: &str = "parent";
+
 impl LayerStore {
     /// Whether the layer exists.
     pub fn exists(&self, id: &LayerId) -> bool {
@@ -59,13 +62,11 @@ impl LayerStore {
     /// As [`LayerStore::lowers`].
     pub fn is_parent(&self, id: &LayerId, parent: Option<&LayerId>) -> Result<bool, StoreError> {
         self.require(id)?;
-        if let Some(recorded) = self.read(id, "parent")? {
-            return Ok(recorded == parent.map_or("", LayerId::as_str));
+        if let Some((recorded, name)) = self.recorded_parent(id)? {
+            let is_possible = name == PARENT || parent.is_some();
+            return Ok(is_possible && recorded == parent.map_or("", LayerId::as_str));
         }
         // A layer made by overlay2 or by the Go plugin.
-        if let Some(thin_parent) = self.read(id, "thin_parent")? {
-            return Ok(parent.is_some_and(|parent| parent.as_str() == thin_parent.trim()));
-        }
         let Some(top) = self.lower_entries(id)?.into_iter().next() else {
             return Ok(parent.is_none());
         };
@@ -79,13 +80,8 @@ impl LayerStore {
     /// As [`LayerStore::lowers`].
     pub fn parent(&self, id: &LayerId) -> Result<Option<LayerId>, StoreError> {
         self.require(id)?;
-        let recorded = match self.read(id, "parent")? {
-            Some(recorded) => Some((recorded, "parent")),
-            None => self.read(id, "thin_parent")?.map(|recorded| (recorded, "thin_parent")),
-        };
-        if let Some((recorded, name)) = recorded {
-            let recorded = recorded.trim();
-            return match recorded {
+        if let Some((recorded, name)) = self.recorded_parent(id)? {
+            return match recorded.trim() {
                 "" => Ok(None),
                 recorded => recorded.parse().map(Some).map_err(|_| self.damaged(id, name)),
             };
@@ -96,6 +92,15 @@ impl LayerStore {
             Some(Lower::Layer(parent)) => Ok(Some(parent)),
             _ => Ok(None),
         }
+    }
+
+    /// The parent as a file tells it, and the file's name: ours, or that of the Go plugin's containers.
+    fn recorded_parent(&self, id: &LayerId) -> Result<Option<(String, &'static str)>, StoreError> {
+        if let Some(recorded) = self.read(id, PARENT)? {
+            return Ok(Some((recorded, PARENT)));
+        }
+        let recorded = self.read(id, "thin_parent")?;
+        Ok(recorded.map(|recorded| (recorded.trim().to_owned(), "thin_parent")))
     }
 
     /// Links of the directories below the layer.
