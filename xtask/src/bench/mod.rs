@@ -6,6 +6,8 @@ mod read;
 mod start;
 mod syscall;
 
+use std::path::Path;
+
 use anyhow::{Result, bail};
 use serde::Serialize;
 use testkit::{interrupt, scratch, workspace_root};
@@ -87,6 +89,8 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let wanted = |name: &str| options.names.is_empty() || options.names.iter().any(|other| other == name);
     let home = workspace_root().join("target/bench");
+    std::fs::create_dir_all(&home)?;
+    spread_directories_below(&home);
     scratch::use_base(&home);
     testkit::binary::use_binaries_of(&build::binaries(build::Profile::Release)?);
     interrupt::catch();
@@ -99,6 +103,19 @@ pub fn run(options: &Options) -> Result<()> {
         print_table(&lines);
     }
     Ok(())
+}
+
+/// Asks ext4 to place the directories that are made in this one far from each other, so that what one measurement
+/// leaves or what a build has deleted is not in the way of another. Elsewhere there is nothing to ask.
+fn spread_directories_below(directory: &Path) {
+    let spread = || -> std::io::Result<()> {
+        let directory = std::fs::File::open(directory)?;
+        let flags = rustix::fs::ioctl_getflags(&directory)?;
+        Ok(rustix::fs::ioctl_setflags(&directory, flags | rustix::fs::IFlags::TOPDIR)?)
+    };
+    if let Err(error) = spread() {
+        eprintln!("directories are not spread over the disk: {error}");
+    }
 }
 
 fn measure(wanted: impl Fn(&str) -> bool) -> Result<Vec<Line>> {

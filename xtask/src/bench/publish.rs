@@ -4,6 +4,7 @@
 //! The native column is `tar --extract` of the same archive onto the same disk, or repeats the goal where nothing native
 //! does the work.
 
+use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io::{BufWriter, Write as _};
 use std::path::{Path, PathBuf};
@@ -23,8 +24,10 @@ const MEMORY_POLL: Duration = Duration::from_millis(10);
 /// Files and bytes of each.
 const SMALL: (usize, usize) = (20_000, 4096);
 const LARGE: (usize, usize) = (8, 64 << 20);
-/// A root file system with a scientific Python: entries, and bytes in all.
+/// A root file system with a scientific Python: entries, and bytes in all; files of `/usr`, and made ones if they do
+/// not suffice. None is larger than this.
 const ROOT: (usize, u64) = (45_000, 1_240_000_000);
+const ROOT_LARGEST: u64 = 40 << 20;
 /// The large repository: directories, and files in each.
 const MILLION: (usize, usize) = (10_000, 100);
 const CHANGED: usize = 10;
@@ -32,18 +35,17 @@ const CHANGED: usize = 10;
 /// Measures.
 pub fn measure() -> Result<Vec<Line>> {
     let directory = ScratchDir::new("publish")?;
-    let work = Work { directory: directory.path().to_owned() };
+    let work =
+        Work { directory: directory.path().to_owned(), unpacked: Cell::default(), kept: RefCell::default() };
     let mut lines = Vec::new();
     eprintln!("preparing {} small and {} large files", SMALL.0, LARGE.0);
     let small = work.archive("small", &mut (0..SMALL.0).map(|_| SMALL.1))?;
     let (rounds, _) = work.rounds(&small, ROUNDS)?;
     lines.push(Line::new("publish 20,000 x 4 KiB", "s", Goal::Within(0.8), &rounds));
-    std::fs::remove_file(&small)?;
     let large = work.archive("large", &mut (0..LARGE.0).map(|_| LARGE.1))?;
     let (rounds, megabytes) = work.rounds(&large, ROUNDS)?;
     lines.push(Line::new("publish 8 x 64 MiB", "s", Goal::Within(2.5), &rounds));
     lines.push(alone("the same, peak memory", "MB", 120.0, megabytes));
-    std::fs::remove_file(&large)?;
     lines.extend(work.root()?);
     lines.push(work.million()?);
     Ok(lines)
@@ -51,6 +53,8 @@ pub fn measure() -> Result<Vec<Line>> {
 
 struct Work {
     directory: PathBuf,
+    unpacked: Cell<u32>,
+    kept: RefCell<Vec<Published>>,
 }
 
 impl Work {
@@ -64,14 +68,23 @@ impl Work {
             let native = self.unpack(archive)?;
             rustix::fs::sync();
             let (ours, memory) = publish(&repository, "base", archive)?;
+            self.keep(repository);
             rounds.push((native, ours));
             megabytes = megabytes.max(memory);
         }
         Ok((rounds, megabytes))
     }
 
+    /// Nothing is deleted before all is measured: where many files were just deleted, ext4 without a journal looks
+    /// long for an inode, which would be measured as ours.
+    fn keep(&self, repository: Published) {
+        self.kept.borrow_mut().push(repository);
+    }
+
     fn unpack(&self, archive: &Path) -> Result<f64> {
-        let to = self.directory.join("unpacked");
+        let number = self.unpacked.get();
+        self.unpacked.set(number + 1);
+        let to = self.directory.join(format!("unpacked{number}"));
         std::fs::create_dir(&to)?;
         rustix::fs::sync();
         let started = Instant::now();
@@ -79,21 +92,13 @@ impl Work {
         command.arg("-xf").arg(archive).arg("-C").arg(&to);
         process::run(command, COMMAND_TIMEOUT)?.success()?;
         let seconds = started.elapsed().as_secs_f64();
-        std::fs::remove_dir_all(&to)?;
         Ok(seconds)
     }
 
     /// The root file system: new, once more with nothing new, and checked.
     fn root(&self) -> Result<Vec<Line>> {
         eprintln!("preparing a root file system of {} entries", ROOT.0);
-        let mean = ROOT.1 / ROOT.0 as u64;
-        // most files are small, a few make up most of the bytes
-        let mut sizes = (0..ROOT.0).map(|number| match number % 100 {
-            0 => mean as usize * 60,
-            1..10 => mean as usize * 3,
-            _ => mean as usize * 13 / 90,
-        });
-        let archive = self.archive("root", &mut sizes)?;
+        let archive = self.root_archive()?;
         let repository = Published::create("bench.example.org")?;
         let native = self.unpack(&archive)?;
         rustix::fs::sync();
@@ -105,7 +110,7 @@ impl Work {
         command.arg("--public-key").arg(repository.public_key());
         process::run(command, COMMAND_TIMEOUT)?.success()?;
         let check = started.elapsed().as_secs_f64();
-        std::fs::remove_file(&archive)?;
+        self.keep(repository);
         Ok(vec![
             Line::new("publish a root of 45,000 entries", "s", Goal::Within(10.0), &[(native, first)]),
             alone("the same again, nothing new", "s", 2.0, again),
@@ -147,27 +152,99 @@ impl Work {
     /// An archive of files of these sizes, a hundred in a directory, each half random and half text.
     fn archive(&self, name: &str, sizes: &mut dyn Iterator<Item = usize>) -> Result<PathBuf> {
         let path = self.directory.join(format!("{name}.tar"));
-        let mut out = BufWriter::new(File::create(&path)?);
-        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-        let mut word = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            state ^ (state >> 29)
-        };
-        for (number, size) in sizes.enumerate() {
-            interrupt::check()?;
-            let mut content: Vec<u8> = (0..size / 16).flat_map(|_| word().to_le_bytes()).collect();
-            while content.len() < size {
-                writeln!(content, "line {number} of some text that compresses")?;
-            }
-            content.truncate(size);
-            let one = TarBuilder::new().file(&format!("d{:04}/f{number:06}", number / 100), 0o644, &content);
-            // an archive ends with two empty blocks
-            let bytes = one.finish();
-            out.write_all(&bytes[..512 + size.next_multiple_of(512)])?;
+        let mut archive = Archive::create(&path)?;
+        for size in sizes {
+            archive.made(size)?;
         }
-        out.write_all(&[0; 1024])?;
-        out.flush()?;
+        archive.finish()?;
         Ok(path)
+    }
+
+    fn root_archive(&self) -> Result<PathBuf> {
+        let path = self.directory.join("root.tar");
+        let mut archive = Archive::create(&path)?;
+        archive.real(Path::new("/usr"))?;
+        eprintln!(
+            "{} of {} entries are files of /usr, {} MB",
+            archive.files,
+            ROOT.0,
+            archive.bytes / 1_000_000
+        );
+        while archive.files < ROOT.0 {
+            let left = ROOT.1.saturating_sub(archive.bytes) / (ROOT.0 - archive.files) as u64;
+            archive.made(left as usize)?;
+        }
+        archive.finish()?;
+        Ok(path)
+    }
+}
+
+/// An archive that is being written.
+struct Archive {
+    out: BufWriter<File>,
+    files: usize,
+    bytes: u64,
+    random: u64,
+}
+
+impl Archive {
+    fn create(path: &Path) -> Result<Self> {
+        let out = BufWriter::new(File::create(path)?);
+        Ok(Self { out, files: 0, bytes: 0, random: 0x9e37_79b9_7f4a_7c15 })
+    }
+
+    /// Adds a file that is half random and half text.
+    fn made(&mut self, size: usize) -> Result<()> {
+        let number = self.files;
+        let mut content: Vec<u8> = (0..size / 16).flat_map(|_| self.word().to_le_bytes()).collect();
+        while content.len() < size {
+            writeln!(content, "line {number} of some text that compresses")?;
+        }
+        content.truncate(size);
+        self.file(&format!("d{:04}/f{number:06}", number / 100), &content)
+    }
+
+    /// Adds the regular files below a directory, in the order of their paths, until there are enough.
+    fn real(&mut self, directory: &Path) -> Result<()> {
+        let mut items = std::fs::read_dir(directory)?.collect::<Result<Vec<_>, _>>()?;
+        items.sort_by_key(std::fs::DirEntry::file_name);
+        for item in items {
+            let found = item.metadata()?;
+            if self.files >= ROOT.0 || self.bytes >= ROOT.1 {
+                break;
+            } else if found.is_dir() {
+                self.real(&item.path())?;
+            } else if found.is_file() && found.len() <= ROOT_LARGEST {
+                let content = std::fs::read(item.path())?;
+                if let Some(path) = item.path().to_str() {
+                    self.file(path.trim_start_matches('/'), &content)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn file(&mut self, path: &str, content: &[u8]) -> Result<()> {
+        interrupt::check()?;
+        let one = TarBuilder::new().file(path, 0o644, content).finish();
+        // An archive ends with two empty blocks.
+        let end = one.len() - 1024;
+        self.out.write_all(one.get(..end).context("an archive has an end")?)?;
+        self.files += 1;
+        self.bytes += content.len() as u64;
+        Ok(())
+    }
+
+    fn word(&mut self) -> u64 {
+        self.random =
+            self.random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.random ^ (self.random >> 29)
+    }
+
+    fn finish(mut self) -> Result<()> {
+        self.out.write_all(&[0; 1024])?;
+        self.out.flush()?;
+        Ok(())
     }
 }
 

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use cvmfs_format::ObjectName;
 use rustix::fs::FlockOperation;
 
+use super::writeback::Writeback;
 use super::{Known, Put, Storage, StorageError, StorageLock, StoredObject, read_bounded};
 
 /// Sub-directory for temporary files, on the file system of the objects so that a rename suffices.
@@ -41,6 +42,9 @@ pub struct Directory {
     root: PathBuf,
     scratch: PathBuf,
     next_temporary: AtomicU64,
+    writeback: Writeback,
+    /// Whether the umask takes nothing from the mode of objects, which then need not be told theirs.
+    exact_modes: bool,
     known: OnceLock<Option<Known>>,
 }
 
@@ -55,6 +59,8 @@ impl Directory {
             root: root.to_owned(),
             scratch: root.join(SCRATCH),
             next_temporary: AtomicU64::new(0),
+            writeback: Writeback::of(root).map_err(at("open", root))?,
+            exact_modes: umask().is_some_and(|umask| umask & FILE_MODE == 0),
             known: OnceLock::new(),
         };
         Ok(storage)
@@ -117,8 +123,9 @@ impl Directory {
             other => other,
         }
         .map_err(at("create", path))?;
-        // the mode must not depend on the umask
-        file.set_permissions(fs::Permissions::from_mode(FILE_MODE)).map_err(at("write", path))?;
+        if !self.exact_modes {
+            file.set_permissions(fs::Permissions::from_mode(FILE_MODE)).map_err(at("write", path))?;
+        }
         file.write_all(content).map_err(at("write", path))?;
         if durably {
             file.sync_all().map_err(at("write", path))?;
@@ -204,6 +211,7 @@ impl Storage for Directory {
             return Ok(put);
         }
         self.place(&target, stored, false)?;
+        self.writeback.stored(stored.len() as u64);
         Ok(put)
     }
 
@@ -286,9 +294,8 @@ impl Storage for Directory {
     }
 
     fn settle(&self) -> Result<(), StorageError> {
-        // One syncfs for the whole publish: syncing each object would cost more than compressing it.
-        let root = File::open(&self.root).map_err(at("open", &self.root))?;
-        rustix::fs::syncfs(&root).map_err(|e| at("flush", &self.root)(e.into()))
+        // Once for the whole publish: syncing each object would cost more than compressing it.
+        self.writeback.settle().map_err(at("flush", &self.root))
     }
 
     fn list_objects(&self, visit: &mut dyn FnMut(StoredObject)) -> Result<(), StorageError> {
@@ -374,6 +381,13 @@ fn is_same_file(file: &File, path: &Path) -> bool {
         (Ok(held), Ok(named)) => held.dev() == named.dev() && held.ino() == named.ino(),
         _ => false,
     }
+}
+
+/// Of this process; asking the kernel for it any other way would change it for a moment.
+fn umask() -> Option<u32> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("Umask:"))?;
+    u32::from_str_radix(line.trim(), 8).ok()
 }
 
 fn make_directory(path: &Path) -> Result<(), StorageError> {

@@ -6,11 +6,17 @@
 //! depends on. It is a hint: whoever uses it looks whether the object is there with its size, which is what storing
 //! it again would do as well. A record that is damaged or torn is not found, a lost file only costs time.
 //!
-//! The file has a fixed size, of which the parts in use take disk space.
+//! The file is a ring of records, so that a publish writes its records one behind the other and not all over the
+//! disk: a header with the next place, a *mark* of four bytes for each record, which are read at once to find
+//! records by, and the records. The newest overwrite the oldest. Records are written in batches; what a killed
+//! publisher had not yet written is not remembered. One publisher at a time uses the file, by the storage's lock.
 
+use std::collections::HashMap;
 use std::fs::File;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cvmfs_format::{Compression, ContentHash, Deflate, HashAlgorithm, ObjectKind, ObjectName};
 use sha2::{Digest, Sha256};
@@ -18,14 +24,20 @@ use sha2::{Digest, Sha256};
 use crate::pipeline::Encoding;
 
 /// Records: 64 MiB in all.
-const RECORDS: u64 = 1 << 20;
+const RECORDS: usize = 1 << 20;
 /// Bytes of a record: 24 of its key, 20 of the object's hash, 8 of its size, 4 of a checksum, and zeros.
 const RECORD: usize = 64;
 const KEY: usize = 24;
 const DIGEST: usize = 20;
-/// Records among which one is looked for.
-const WAYS: usize = 4;
-const SET: usize = RECORD * WAYS;
+/// Begins the file, and changes with its layout.
+const MAGIC: &[u8; 8] = b"known 2\n";
+/// Magic, place of the next record, number of records in use.
+const HEADER: usize = 8 + 4 + 4;
+const MARKS_AT: u64 = 4096;
+const MARK: usize = 4;
+const RECORDS_AT: u64 = MARKS_AT + (RECORDS * MARK) as u64;
+/// Records that are written at once.
+const BATCH: usize = 1024;
 
 /// A content, with all that its stored form depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,10 +66,9 @@ impl Content {
         self.0.get(..KEY).unwrap_or_default()
     }
 
-    /// Where its set begins in the file.
-    fn place(&self) -> u64 {
-        let tail = self.0.last_chunk().map_or(0, |tail| u64::from_le_bytes(*tail));
-        tail % (RECORDS / WAYS as u64) * SET as u64
+    /// What the record is found by in memory; two contents with the same mark are told apart by their keys.
+    fn mark(&self) -> u32 {
+        self.0.last_chunk().map_or(0, |tail| u32::from_le_bytes(*tail))
     }
 }
 
@@ -65,13 +76,29 @@ impl Content {
 #[derive(Debug)]
 pub struct Known {
     file: File,
+    ring: Mutex<Ring>,
+}
+
+#[derive(Debug, Default)]
+struct Ring {
+    /// Of each record in use, by place.
+    marks: Vec<u32>,
+    /// The newest record with a mark.
+    places: HashMap<u32, u32, BuildHasherDefault<MarkHasher>>,
+    /// Where the next record goes.
+    next: usize,
+    /// Records that are not in the file yet; they end before `next`.
+    batch: Vec<[u8; RECORD]>,
 }
 
 impl Known {
     /// Uses `file`, whatever it contains.
     pub(crate) fn new(file: File) -> io::Result<Known> {
-        file.set_len(RECORDS * RECORD as u64)?;
-        Ok(Known { file })
+        let ring = Ring::read(&file)?;
+        if ring.marks.is_empty() {
+            file.set_len(0)?;
+        }
+        Ok(Known { file, ring: Mutex::new(ring) })
     }
 
     /// The object that the content became when it was stored, and its stored size in bytes.
@@ -81,9 +108,8 @@ impl Known {
         kind: ObjectKind,
         algorithm: HashAlgorithm,
     ) -> Option<(ObjectName, u64)> {
-        let set = self.read(content)?;
-        let record = set.chunks_exact(RECORD).find(|record| record.starts_with(content.key()))?;
-        if *record != seal(record.get(..KEY + DIGEST + 8)?) {
+        let record = self.record(content.mark())?;
+        if !record.starts_with(content.key()) || record != seal(record.get(..KEY + DIGEST + 8)?) {
             return None;
         }
         let digest = record.get(KEY..KEY + DIGEST)?.try_into().ok()?;
@@ -93,29 +119,133 @@ impl Known {
 
     /// Remembers what the content became. What cannot be written is not remembered.
     pub(crate) fn remember(&self, content: &Content, name: &ObjectName, size: u64) {
-        let Some(set) = self.read(content) else { return };
-        let is_own = |record: &[u8]| record.starts_with(content.key());
-        let is_free = |record: &[u8]| record.iter().all(|byte| *byte == 0);
-        let position = |wanted: &dyn Fn(&[u8]) -> bool| set.chunks_exact(RECORD).position(wanted);
-        // The content chooses whom a full set forgets.
-        let way = position(&is_own).or_else(|| position(&is_free));
-        let way = way.unwrap_or_else(|| usize::from(content.0.first().copied().unwrap_or(0)) % WAYS);
-        let fields = [content.key(), &name.hash.digest, &size.to_le_bytes()].concat();
-        let place = content.place() + (way * RECORD) as u64;
-        if let Err(error) = self.file.write_all_at(&seal(&fields), place) {
-            tracing::debug!(%error, "a stored content is not remembered");
+        let record = seal(&[content.key(), &name.hash.digest, &size.to_le_bytes()].concat());
+        let mut ring = self.lock();
+        ring.add(content.mark(), record);
+        if ring.batch.len() >= BATCH || ring.next == RECORDS {
+            self.write(&mut ring);
         }
     }
 
-    fn read(&self, content: &Content) -> Option<[u8; SET]> {
-        let mut set = [0; SET];
-        match self.file.read_exact_at(&mut set, content.place()) {
-            Ok(()) => Some(set),
+    fn lock(&self) -> MutexGuard<'_, Ring> {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn record(&self, mark: u32) -> Option<[u8; RECORD]> {
+        let ring = self.lock();
+        let place = *ring.places.get(&mark)? as usize;
+        let first_waiting = ring.next - ring.batch.len();
+        if (first_waiting..ring.next).contains(&place) {
+            return ring.batch.get(place - first_waiting).copied();
+        }
+        drop(ring);
+        let mut record = [0; RECORD];
+        match self.file.read_exact_at(&mut record, RECORDS_AT + (place * RECORD) as u64) {
+            Ok(()) => Some(record),
             Err(error) => {
                 tracing::debug!(%error, "what was stored cannot be looked up");
                 None
             }
         }
+    }
+
+    fn write(&self, ring: &mut Ring) {
+        if let Err(error) = ring.write(&self.file) {
+            tracing::debug!(%error, "stored contents are not remembered");
+        }
+        ring.batch.clear();
+        ring.next %= RECORDS;
+    }
+}
+
+impl Drop for Known {
+    fn drop(&mut self) {
+        let mut ring = self.lock();
+        self.write(&mut ring);
+    }
+}
+
+impl Ring {
+    /// Empty unless the file begins as one of ours.
+    fn read(file: &File) -> io::Result<Ring> {
+        let mut header = [0; HEADER];
+        let read = file.read_exact_at(&mut header, 0);
+        if read.as_ref().is_err_and(|error| error.kind() != io::ErrorKind::UnexpectedEof) {
+            read?;
+        }
+        let number = |at: usize| -> Option<usize> {
+            let bytes = header.get(at..)?.first_chunk()?;
+            usize::try_from(u32::from_le_bytes(*bytes)).ok()
+        };
+        let (Some(next), Some(used)) = (number(8), number(12)) else { return Ok(Ring::default()) };
+        if !header.starts_with(MAGIC) || used > RECORDS || next > used || next == RECORDS {
+            return Ok(Ring::default());
+        }
+        let mut bytes = vec![0; used * MARK];
+        if let Err(error) = file.read_exact_at(&mut bytes, MARKS_AT) {
+            tracing::debug!(%error, "the table of stored contents begins anew");
+            return Ok(Ring::default());
+        }
+        let marks: Vec<u32> = bytes
+            .chunks_exact(MARK)
+            .filter_map(|mark| mark.first_chunk())
+            .map(|mark| u32::from_le_bytes(*mark))
+            .collect();
+        // From the oldest to the newest.
+        let places = (next..used).chain(0..next).filter_map(|place| Some((*marks.get(place)?, place as u32)));
+        Ok(Ring { places: places.collect(), next, batch: Vec::new(), marks })
+    }
+
+    fn add(&mut self, mark: u32, record: [u8; RECORD]) {
+        let place = self.next as u32;
+        match self.marks.get_mut(self.next) {
+            Some(oldest) => {
+                if self.places.get(oldest) == Some(&place) {
+                    self.places.remove(oldest);
+                }
+                *oldest = mark;
+            }
+            None => self.marks.push(mark),
+        }
+        self.places.insert(mark, place);
+        self.batch.push(record);
+        self.next += 1;
+    }
+
+    /// Writes the batch; the header last, so that what it counts is there.
+    fn write(&self, file: &File) -> io::Result<()> {
+        if self.batch.is_empty() {
+            return Ok(());
+        }
+        let first = self.next - self.batch.len();
+        let marks = self.marks.get(first..self.next).unwrap_or_default();
+        let marks: Vec<u8> = marks.iter().flat_map(|mark| mark.to_le_bytes()).collect();
+        file.write_all_at(self.batch.as_flattened(), RECORDS_AT + (first * RECORD) as u64)?;
+        file.write_all_at(&marks, MARKS_AT + (first * MARK) as u64)?;
+        let mut header = MAGIC.to_vec();
+        header.extend(((self.next % RECORDS) as u32).to_le_bytes());
+        header.extend((self.marks.len() as u32).to_le_bytes());
+        file.write_all_at(&header, 0)
+    }
+}
+
+/// Marks are parts of digests: all that is left to do is to spread them over a word.
+#[derive(Debug, Default)]
+struct MarkHasher(u64);
+
+impl Hasher for MarkHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u32(u32::from(*byte));
+        }
+    }
+
+    fn write_u32(&mut self, mark: u32) {
+        self.0 = (self.0 ^ u64::from(mark)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     }
 }
 
@@ -165,38 +295,67 @@ mod tests {
         let known = Known::new(file.try_clone().unwrap()).unwrap();
         let content = Content::of(ObjectKind::File, ENCODING, b"content");
         known.remember(&content, &object(b"content"), 17);
-        for byte in 0..RECORD as u64 {
+        drop(known);
+        for byte in RECORDS_AT..RECORDS_AT + RECORD as u64 {
             let mut original = [0];
-            file.read_exact_at(&mut original, content.place() + byte).unwrap();
-            file.write_all_at(&[original[0] ^ 4], content.place() + byte).unwrap();
+            file.read_exact_at(&mut original, byte).unwrap();
+            file.write_all_at(&[original[0] ^ 4], byte).unwrap();
+            let known = Known::new(file.try_clone().unwrap()).unwrap();
             assert_eq!(known.find(&content, ObjectKind::File, SHA1), None, "byte {byte}");
-            file.write_all_at(&original, content.place() + byte).unwrap();
+            file.write_all_at(&original, byte).unwrap();
         }
+        let known = Known::new(file).unwrap();
         assert!(known.find(&content, ObjectKind::File, SHA1).is_some());
     }
 
     #[test]
-    fn more_than_fits_is_forgotten_and_never_mixed_up() {
-        let known = Known::new(tempfile::tempfile().unwrap()).unwrap();
-        // All in one set.
-        let contents: Vec<Content> = (0..40_u8)
-            .map(|number| {
-                let mut bytes = [7; 32];
-                bytes[0] = number;
-                bytes[KEY..].fill(0);
-                Content(bytes)
-            })
-            .collect();
-        for (number, content) in contents.iter().enumerate() {
-            known.remember(content, &object(&[number as u8]), number as u64);
+    fn a_file_with_anything_else_in_it_is_an_empty_table_that_works() {
+        let beyond = [MAGIC.as_slice(), &u32::MAX.to_le_bytes(), &u32::MAX.to_le_bytes()].concat();
+        let short = [MAGIC.as_slice(), &0_u32.to_le_bytes(), &(RECORDS as u32).to_le_bytes()].concat();
+        for content in [b"x".to_vec(), vec![0xa5; 9000], beyond, short] {
+            let file = tempfile::tempfile().unwrap();
+            file.write_all_at(&content, 0).unwrap();
+            let known = Known::new(file.try_clone().unwrap()).unwrap();
+            let content = Content::of(ObjectKind::File, ENCODING, b"content");
+            assert_eq!(known.find(&content, ObjectKind::File, SHA1), None);
+            known.remember(&content, &object(b"content"), 17);
+            drop(known);
+            let known = Known::new(file).unwrap();
+            assert!(known.find(&content, ObjectKind::File, SHA1).is_some());
         }
-        let found: Vec<usize> = (0..contents.len())
-            .filter(|number| {
-                let found = known.find(&contents[*number], ObjectKind::File, SHA1);
-                assert!(found.is_none_or(|found| found == (object(&[*number as u8]), *number as u64)));
-                found.is_some()
-            })
-            .collect();
-        assert_eq!(found.len(), WAYS, "{found:?}");
+    }
+
+    #[test]
+    fn the_newest_push_out_the_oldest_and_nothing_is_mixed_up() {
+        let file = tempfile::tempfile().unwrap();
+        let extra = BATCH + 10;
+        let content = |number: usize| {
+            let mut bytes = [0; 32];
+            bytes[..8].copy_from_slice(&number.to_le_bytes());
+            // Some share their marks with a neighbour.
+            bytes[24..].copy_from_slice(&((number / 2 * 2) as u64 * 0x1_0000_0001).to_be_bytes());
+            if number % 100 != 1 {
+                bytes[31] ^= number as u8 & 1;
+            }
+            Content(bytes)
+        };
+        let known = Known::new(file.try_clone().unwrap()).unwrap();
+        let name = object(b"x");
+        for number in 0..RECORDS + extra {
+            known.remember(&content(number), &name, number as u64);
+        }
+        let check = |known: &Known| {
+            let size = |number| known.find(&content(number), ObjectKind::File, SHA1).map(|found| found.1);
+            for number in [0, 2, extra - 1] {
+                assert_eq!(size(number), None, "{number} was pushed out");
+            }
+            for number in [extra, extra + 1, RECORDS - 2, RECORDS, RECORDS + extra - 1] {
+                assert_eq!(size(number), Some(number as u64));
+            }
+        };
+        check(&known);
+        drop(known);
+        assert!(file.metadata().unwrap().len() <= RECORDS_AT + (RECORDS * RECORD) as u64);
+        check(&Known::new(file).unwrap());
     }
 }

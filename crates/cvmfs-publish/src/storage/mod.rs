@@ -16,6 +16,7 @@ mod directory;
 mod http;
 mod known;
 mod s3;
+mod writeback;
 
 use std::fmt::Debug;
 use std::io::{self, Read};
