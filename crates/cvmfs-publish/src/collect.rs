@@ -24,13 +24,13 @@ use cvmfs_format::signature::MasterKeys;
 use cvmfs_format::{ContentHash, ObjectKind, ObjectName};
 use serde::Serialize;
 
-use crate::commit::{MAX_REFLOG, Scratch, in_reflog};
+use crate::commit::{MAX_REFLOG, in_reflog};
 use crate::error::PublishError;
 use crate::head::{Head, unpack_database};
 use crate::publisher::{OpenOptions, Publisher};
 use crate::replicate::LAST_SNAPSHOT;
 use crate::revisions::tags;
-use crate::storage::{self, Storage};
+use crate::storage::{self, Scratch, Storage};
 use crate::workspace::chain;
 
 /// How long a replaced revision stays by default, as with the C++ tools.
@@ -145,7 +145,7 @@ impl Place<'_> {
                 self.fqrn
             )));
         }
-        let scratch = Scratch::new(self.storage)?;
+        let scratch = self.storage.scratch()?;
         let reflog_file = scratch.file("reflog");
         let content = self.storage.get_file(storage::REFLOG, MAX_REFLOG)?.ok_or_else(|| {
             PublishError::damaged(

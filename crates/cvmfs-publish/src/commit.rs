@@ -9,7 +9,7 @@
 //! next publish sets `Y` again. Garbage collection of the C++ tools leaves the same state.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use cvmfs_format::history::{History, TRUNK, TRUNK_PREVIOUS};
@@ -24,7 +24,7 @@ use crate::interrupt::Interrupt;
 use crate::keys::ReleaseKeys;
 use crate::pipeline::{Counters, Encoding};
 use crate::publisher::Publisher;
-use crate::storage::{self, Storage};
+use crate::storage::{self, Scratch, Storage};
 use crate::workspace::{Workspace, chain, in_catalog};
 
 /// A reflog has some 60 bytes per published revision.
@@ -44,7 +44,7 @@ impl Commit<'_> {
         let publisher = self.publisher;
         let old = &publisher.head.manifest;
         let signer = Signer::of(publisher);
-        let scratch = Scratch::new(&*publisher.storage)?;
+        let scratch = publisher.storage.scratch()?;
         if let Some(tag) = tag {
             signer.require_free_tag(tag, old, &scratch)?;
         }
@@ -280,34 +280,6 @@ impl<'a> Signer<'a> {
                 Ok(reflog)
             }
         }
-    }
-}
-
-/// A directory for work files, removed when dropped.
-#[derive(Debug)]
-pub(crate) struct Scratch(PathBuf);
-
-impl Scratch {
-    pub(crate) fn new(storage: &dyn Storage) -> Result<Scratch, PublishError> {
-        Ok(Scratch(storage.scratch()?))
-    }
-
-    /// In the system's temporary directory, for work on a storage that may be read-only.
-    pub(crate) fn in_temporary_directory() -> Result<Scratch, PublishError> {
-        let directory = tempfile::Builder::new().prefix("cvmfs-publish.").tempdir();
-        let directory = directory.map_err(PublishError::local("create", std::env::temp_dir()))?;
-        Ok(Scratch(directory.keep()))
-    }
-
-    pub(crate) fn file(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // best effort: the next holder of the lock clears the scratch area
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 

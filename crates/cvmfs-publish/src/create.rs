@@ -11,7 +11,7 @@ use cvmfs_format::manifest::{DEFAULT_TTL, Manifest, is_mountable_fqrn};
 use cvmfs_format::whitelist::Whitelist;
 use cvmfs_format::{Compression, HashAlgorithm, ObjectKind};
 
-use crate::commit::{Scratch, Signer};
+use crate::commit::Signer;
 use crate::error::PublishError;
 use crate::interrupt::Interrupt;
 use crate::keys::{KeyFiles, ReleaseKeys};
@@ -107,7 +107,7 @@ pub fn create_repository(new: &NewRepository) -> Result<Report, PublishError> {
     let files = KeyFiles::new(&new.keys_dir, &new.fqrn);
     files.create_missing(now)?;
     let keys = files.release()?;
-    let scratch = Scratch::new(&*storage)?;
+    let scratch = storage.scratch()?;
     let settings = Settings::new_repository(new.compression);
     let signer = Signer {
         fqrn: &new.fqrn,

@@ -14,11 +14,10 @@ use cvmfs_format::manifest::Manifest;
 use cvmfs_format::{ContentHash, ObjectKind, ObjectName, PathHash};
 use serde::Serialize;
 
-use crate::commit::Scratch;
 use crate::error::{PublishError, shown};
 use crate::head::unpack_database;
 use crate::revisions::tags;
-use crate::storage::Storage;
+use crate::storage::{Scratch, Storage};
 use crate::tree::MAX_DEPTH;
 use crate::workspace::{chain, joined};
 

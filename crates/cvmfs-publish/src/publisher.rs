@@ -29,7 +29,7 @@ use layer_tar::LayerPath;
 
 use crate::apply::Apply;
 use crate::balance::{Balance, CatalogLimits, dirtab_entry, divide_tree};
-use crate::commit::{Commit, Scratch, Signer, check_tag_name};
+use crate::commit::{Commit, Signer, check_tag_name};
 use crate::error::{PublishError, shown};
 use crate::head::Head;
 use crate::ingest::{IngestOptions, IngestReport, Owner, Sink, XdirHardLinks, read_directory, read_tar};
@@ -165,7 +165,7 @@ impl Publisher {
     /// [`PublishError::Usage`] if the name is not possible, or taken.
     pub fn require_new_tag(&self, tag: &str) -> Result<(), PublishError> {
         check_tag_name(tag)?;
-        let scratch = Scratch::new(&*self.storage)?;
+        let scratch = self.storage.scratch()?;
         Signer::of(self).require_free_tag(tag, &self.head.manifest, &scratch)
     }
 

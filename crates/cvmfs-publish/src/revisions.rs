@@ -13,7 +13,7 @@ use cvmfs_format::{ContentHash, ObjectKind, ObjectName};
 use serde::Serialize;
 
 use crate::check::{CheckOptions, require_complete};
-use crate::commit::{Scratch, Signer, check_tag_name};
+use crate::commit::{Signer, check_tag_name};
 use crate::create::write_whitelist;
 use crate::error::PublishError;
 use crate::head::{Head, unpack_database};
@@ -22,7 +22,7 @@ use crate::keys::KeyFiles;
 use crate::pipeline::Counters;
 use crate::publisher::{Clock, Publisher};
 use crate::settings::Settings;
-use crate::storage::{self, Storage};
+use crate::storage::{self, Scratch, Storage};
 use crate::workspace::{chain, in_catalog};
 
 const DAY: i64 = 24 * 3600;
@@ -101,7 +101,7 @@ impl Publisher {
         require_complete(&complete, &target)?;
         let now = (self.options.clock)();
         let revision = current.revision + 1;
-        let scratch = Scratch::new(&*self.storage)?;
+        let scratch = self.storage.scratch()?;
         let file = scratch.file("root");
         unpack_database(&*self.storage, ObjectName::new(target.root_catalog, ObjectKind::Catalog), &file)?;
         let writer = CatalogWriter::open(&file).map_err(in_catalog(b""))?;
@@ -123,7 +123,7 @@ impl Publisher {
     ) -> Result<(), PublishError> {
         // it may have run out since the publisher was opened: clients would refuse what is signed now
         self.head.require_valid_whitelist(&self.fqrn, now)?;
-        let scratch = Scratch::new(&*self.storage)?;
+        let scratch = self.storage.scratch()?;
         self.head.manifest = Signer::of(self).publish(manifest, now, &scratch, change)?;
         self.forget_lookups();
         Ok(())
@@ -187,7 +187,7 @@ pub fn resign(
         interrupt: &Interrupt::default(),
     };
     if Head::manifest_signed_by(&*storage, fqrn, &keys.certificate).is_err() {
-        let scratch = Scratch::new(&*storage)?;
+        let scratch = storage.scratch()?;
         signer.publish(manifest, now, &scratch, |_| Ok(()))?;
     }
     Ok(expires)

@@ -15,7 +15,7 @@ use cvmfs_format::{ContentHash, ObjectKind, ObjectName, PathHash};
 use crate::error::{PublishError, shown};
 use crate::head::unpack_database;
 use crate::path::{is_below, prefixes};
-use crate::storage::Storage;
+use crate::storage::{Scratch, Storage};
 
 /// Marks a directory as the root of a nested catalog (format §19).
 pub(crate) const MARKER: &[u8] = b".cvmfscatalog";
@@ -30,8 +30,9 @@ pub(crate) const ROOT: Index = Index(0);
 #[derive(Debug)]
 pub(crate) struct Workspace {
     storage: Arc<dyn Storage>,
-    directory: PathBuf,
     catalogs: Vec<Option<Working>>,
+    /// Dropped after the catalogs in it.
+    scratch: Scratch,
 }
 
 /// A catalog open for changes.
@@ -74,8 +75,8 @@ enum Side {
 impl Workspace {
     /// Opens a copy of the root catalog `root` in a new scratch directory of the storage.
     pub(crate) fn open(storage: Arc<dyn Storage>, root: ContentHash) -> Result<Workspace, PublishError> {
-        let directory = storage.scratch()?;
-        let mut workspace = Workspace { storage, directory, catalogs: Vec::new() };
+        let scratch = storage.scratch()?;
+        let mut workspace = Workspace { storage, scratch, catalogs: Vec::new() };
         workspace.open_catalog(Vec::new(), root, None)?;
         Ok(workspace)
     }
@@ -420,7 +421,7 @@ impl Workspace {
     }
 
     fn next_file(&self) -> PathBuf {
-        self.directory.join(format!("catalog.{}", self.catalogs.len()))
+        self.scratch.file(&format!("catalog.{}", self.catalogs.len()))
     }
 
     fn remove_row(&mut self, at: Index, path: &[u8], entry: &Entry) -> Result<(), PublishError> {
@@ -519,14 +520,6 @@ impl Workspace {
         let catalog = self.get_mut(index);
         catalog.changed = true;
         catalog
-    }
-}
-
-impl Drop for Workspace {
-    fn drop(&mut self) {
-        self.catalogs.clear();
-        // best effort: the next holder of the lock clears the scratch area
-        let _ = std::fs::remove_dir_all(&self.directory);
     }
 }
 

@@ -36,6 +36,8 @@ pub struct Arrived {
     pub content_type: String,
     /// Empty if there was none.
     pub cache_control: String,
+    /// A part of an upload.
+    pub part: bool,
 }
 
 /// What goes wrong; a request that something is done to counts one down.
@@ -47,6 +49,8 @@ pub struct Faults {
     pub uploads_until_refusal: Option<usize>,
     /// So many uploads of objects or layers are confirmed and forgotten.
     pub lost_uploads: usize,
+    /// Parts of uploads that are still stored; later ones are refused with 403.
+    pub refuse_parts_after: Option<usize>,
     /// Conditions are not looked at.
     pub unconditional: bool,
     /// The next manifest is stored, and the connection ends without an answer.
@@ -174,6 +178,7 @@ impl Front {
             key: key.to_owned(),
             content_type: header(CONTENT_TYPE).unwrap_or_default(),
             cache_control: header(CACHE_CONTROL).unwrap_or_default(),
+            part: request.uri().query().is_some_and(|query| query.contains("partNumber=")),
         };
         lock(&self.arrived).push(arrived.clone());
         match self.fault(&arrived, &mut request) {
@@ -239,6 +244,14 @@ impl Front {
         if (is_upload || is_layer && arrived.method == Method::PUT) && faults.lost_uploads > 0 {
             faults.lost_uploads -= 1;
             return Fault::Forget;
+        }
+        if arrived.part
+            && let Some(left) = &mut faults.refuse_parts_after
+        {
+            if *left == 0 {
+                return Fault::Status(StatusCode::FORBIDDEN);
+            }
+            *left -= 1;
         }
         if is_upload && let Some(left) = &mut faults.uploads_until_refusal {
             if *left == 0 {

@@ -25,13 +25,12 @@ use cvmfs_format::signature::MasterKeys;
 use cvmfs_format::{Compression, ContentHash, ObjectName};
 use serde::Serialize;
 
-use crate::commit::Scratch;
 use crate::error::{PublishError, shown};
 use crate::head::Head;
 use crate::path::RepositoryPath;
 use crate::pipeline::Counters;
 use crate::publisher::{Clock, system_clock};
-use crate::storage::Storage;
+use crate::storage::{Scratch, Storage};
 
 /// More problems than this are counted, not listed: beyond it the repository is simply lost.
 pub const MAX_LISTED: usize = 10_000;

@@ -13,12 +13,11 @@ use cvmfs_format::catalog::Catalog;
 use cvmfs_format::{Compression, ContentHash, Hasher, Inflater, ObjectKind, ObjectName};
 
 use super::ReplicateOptions;
-use crate::commit::Scratch;
 use crate::error::{PublishError, shown};
 use crate::head::MAX_DATABASE;
 use crate::interrupt::Interrupt;
 use crate::pipeline::Counters;
-use crate::storage::{Put, Storage};
+use crate::storage::{Put, Scratch, Storage};
 use crate::workspace::chain;
 
 /// Read in pieces of this size.

@@ -27,13 +27,13 @@ use cvmfs_format::{ContentHash, ObjectKind, ObjectName};
 use serde::Serialize;
 
 use crate::collect::date;
-use crate::commit::{MAX_REFLOG, Scratch, in_reflog};
+use crate::commit::{MAX_REFLOG, in_reflog};
 use crate::error::PublishError;
 use crate::head::{Head, Letters, unpack_database};
 use crate::interrupt::Interrupt;
 use crate::pipeline::Counters;
 use crate::publisher::{Clock, DEFAULT_LOCK_WAIT, system_clock};
-use crate::storage::{self, Storage};
+use crate::storage::{self, Scratch, Storage};
 use crate::workspace::chain;
 use copy::Copy;
 
@@ -148,7 +148,7 @@ pub fn replicate(options: &ReplicateOptions) -> Result<ReplicateReport, PublishE
     if before.is_none() {
         replica.put_file(IN_PROGRESS, b"")?;
     }
-    let scratch = Scratch::new(replica)?;
+    let scratch = replica.scratch()?;
     let mut work =
         Replication { options, scratch: &scratch, manifest: &head.manifest, roots: Vec::new(), collected: 0 };
     let tags = work.small_objects()?;

@@ -20,7 +20,7 @@ use cvmfs_format::ObjectName;
 use rustix::fs::FlockOperation;
 
 use super::writeback::Writeback;
-use super::{Known, Put, Storage, StorageError, StorageLock, StoredObject, read_bounded};
+use super::{Known, Put, Scratch, Storage, StorageError, StorageLock, StoredObject, read_bounded};
 
 /// Sub-directory for temporary files, on the file system of the objects so that a rename suffices.
 const SCRATCH: &str = "data/txn";
@@ -322,10 +322,10 @@ impl Storage for Directory {
         Ok(())
     }
 
-    fn scratch(&self) -> Result<PathBuf, StorageError> {
+    fn scratch(&self) -> Result<Scratch, StorageError> {
         let path = self.temporary();
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(at("create", &path))?;
-        Ok(path)
+        Ok(Scratch::of(path))
     }
 }
 

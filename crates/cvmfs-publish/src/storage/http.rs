@@ -4,7 +4,6 @@
 //! else, and verified by whoever asked.
 
 use std::io::{self, Read};
-use std::path::PathBuf;
 use std::time::Duration;
 
 use bucket::network::{self, Pieces};
@@ -12,7 +11,7 @@ use cvmfs_format::ObjectName;
 use futures_util::StreamExt;
 use reqwest::{Client, Method, Response, StatusCode};
 
-use super::{Put, Storage, StorageError, StorageLock, StoredObject, read_bounded, temporary_directory};
+use super::{Put, Scratch, Storage, StorageError, StorageLock, StoredObject, read_bounded};
 
 /// Attempts of one request, with pauses that double.
 const ATTEMPTS: u32 = 5;
@@ -163,7 +162,7 @@ impl Storage for Http {
         Err(StorageError::NoListing { location: self.location() })
     }
 
-    fn scratch(&self) -> Result<PathBuf, StorageError> {
-        temporary_directory()
+    fn scratch(&self) -> Result<Scratch, StorageError> {
+        Scratch::in_temporary_directory()
     }
 }

@@ -16,11 +16,12 @@ mod directory;
 mod http;
 mod known;
 mod s3;
+mod scratch;
 mod writeback;
 
 use std::fmt::Debug;
 use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,6 +33,7 @@ pub use http::Http;
 pub(crate) use known::Content;
 pub use known::Known;
 pub use s3::S3;
+pub use scratch::Scratch;
 
 /// The signed description of the current revision.
 pub const MANIFEST: &str = ".cvmfspublished";
@@ -284,8 +286,8 @@ pub trait Storage: Send + Sync + Debug {
     /// Lists everything below `data/` except the scratch area.
     fn list_objects(&self, visit: &mut dyn FnMut(StoredObject)) -> Result<(), StorageError>;
 
-    /// An empty directory for work files. The next holder of the lock removes it if this process cannot.
-    fn scratch(&self) -> Result<PathBuf, StorageError>;
+    /// An empty directory for work files.
+    fn scratch(&self) -> Result<Scratch, StorageError>;
 }
 
 /// Opens the storage that `location` names: a directory, `s3://BUCKET/PREFIX`, or the URL of a web server, which can
@@ -323,17 +325,6 @@ impl Place {
             _ => Place::Directory,
         }
     }
-}
-
-/// A new directory for work files where a storage has none of its own; its user removes it.
-fn temporary_directory() -> Result<PathBuf, StorageError> {
-    let made = tempfile::Builder::new().prefix("cvmfs-publish.").tempdir();
-    let made = made.map_err(|source| StorageError::Io {
-        action: "create",
-        path: std::env::temp_dir().display().to_string(),
-        source,
-    })?;
-    Ok(made.keep())
 }
 
 /// Reads to the end, refusing more than `limit` bytes.

@@ -12,7 +12,7 @@ use crate::round_trip::noise;
 use crate::support::{Repository, assert_equal_trees, expect_success};
 use crate::takeover::take_over;
 use crate::tar::Tar;
-use s3_testkit::s3_server::{BUCKET, S3Server};
+use s3_testkit::s3_server::{BUCKET, Faults, S3Server};
 
 /// `cvmfs-publish serve`, until it is dropped.
 struct Served {
@@ -255,6 +255,40 @@ fn a_replica_can_be_in_a_bucket() {
         let mut command = in_bucket.command("replicate", &["--from", &served.url, "--json"]);
         report(command.envs(server.environment()).output().unwrap());
     }
+    let seen = Repository::at(&source.fqrn, &server.directory(&source.fqrn), &source.keys);
+    seen.assert_sound();
+    assert_equal_trees(&source.oracle_tree("/"), &seen.oracle_tree("/"));
+}
+
+#[test]
+fn an_object_of_more_than_a_part_reaches_a_bucket_in_parts_and_leaves_none_when_that_fails() {
+    let source = Repository::create(&[]);
+    // The largest chunk that there is, which does not shrink.
+    let large: Vec<u8> = (0..70_u32).flat_map(|part| noise(1 << 20, 77 + part)).collect();
+    let archive = Tar::default().file("large", &large).finish();
+    source.ingest("/a", &archive, &["--chunk-size", "60M:62M:64M"]);
+    let served = Served::start(&source.storage);
+    let server = S3Server::start(true).unwrap();
+    let place = format!("s3://{BUCKET}/{}", source.fqrn);
+    let in_bucket = Repository::at(&source.fqrn, place.as_ref(), &source.keys);
+    let replicate = || {
+        let mut command = in_bucket.command("replicate", &["--from", &served.url, "--json"]);
+        command.envs(server.environment()).output().unwrap()
+    };
+    server.break_with(Faults { refuse_parts_after: Some(1), ..Faults::default() });
+    let message = refused(&replicate(), 4);
+    assert!(message.contains("403"), "{message}");
+    let ended = server.arrived().into_iter().filter(|arrived| arrived.method == hyper::Method::DELETE);
+    assert!(
+        ended.map(|arrived| arrived.key).any(|key| key.contains("/data/")),
+        "the upload was not given up"
+    );
+
+    server.break_with(Faults::default());
+    report(replicate());
+    let sent = server.arrived();
+    let parts = sent.iter().filter(|arrived| arrived.part).count();
+    assert_eq!(parts, 2, "{sent:?}");
     let seen = Repository::at(&source.fqrn, &server.directory(&source.fqrn), &source.keys);
     seen.assert_sound();
     assert_equal_trees(&source.oracle_tree("/"), &seen.oracle_tree("/"));

@@ -286,3 +286,91 @@ fn wait_for(what: &str, mut happened: impl FnMut() -> bool) {
         std::thread::sleep(Duration::from_millis(5));
     }
 }
+
+#[test]
+fn row_91_a_publisher_killed_at_any_moment_leaves_a_bucket_with_the_old_revision_or_the_new_one() {
+    let bucket = Bucket::create(true, &[]);
+    let temporary = tempfile::tempdir().unwrap();
+    let start = |base: &str| {
+        let mut command = bucket.command("ingest", &["--base", base, "--catalog", "--tar", "-", "--json"]);
+        command.env("TMPDIR", temporary.path()).spawn().unwrap()
+    };
+    let started = Instant::now();
+    finish(start("/warm-up"), &archive(1000)).unwrap();
+    let whole = started.elapsed();
+    const ROUNDS: u32 = 12;
+    let (mut published, mut lost) = (0, 0);
+    for round in 0..ROUNDS {
+        let before = bucket.seen().head().manifest;
+        let base = format!("/round{round}");
+        let mut child = start(&base);
+        let mut stdin = child.stdin.take().unwrap();
+        let input = archive(2000 + round * 100);
+        let feeder = std::thread::spawn(move || {
+            // The pipe breaks when the publisher dies.
+            let _ = stdin.write_all(&input);
+        });
+        // Spread over the whole publish and a little beyond.
+        std::thread::sleep(whole * (round + 1) / (ROUNDS - 2));
+        kill_process(Pid::from_child(&child), Signal::KILL).unwrap();
+        child.wait().unwrap();
+        feeder.join().unwrap();
+
+        let report = bucket.seen().assert_sound();
+        let files = bucket.seen().tree(&base).values().filter(|entry| entry["type"] == "file").count();
+        if report.revision == before.revision {
+            assert_eq!((bucket.seen().head().manifest, files), (before, 0));
+            lost += 1;
+        } else {
+            assert_eq!((report.revision, files), (before.revision + 1, 42));
+            published += 1;
+        }
+        // The next one needs no repair, does not wait, and removes work files that were left a while ago.
+        for left in std::fs::read_dir(temporary.path()).unwrap() {
+            let long_ago = std::time::SystemTime::now() - Duration::from_secs(300);
+            std::fs::File::open(left.unwrap().path()).unwrap().set_modified(long_ago).unwrap();
+        }
+        let asked = Instant::now();
+        finish(start("/after"), &Tar::default().file("f", &round.to_le_bytes()).finish()).unwrap();
+        assert!(
+            asked.elapsed() < Duration::from_secs(15),
+            "waited {:?} for a dead publisher",
+            asked.elapsed()
+        );
+        let left: Vec<_> = std::fs::read_dir(temporary.path()).unwrap().collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+    assert!(lost > 0, "all {published} publishes were complete before they were killed");
+    bucket.seen().assert_sound();
+}
+
+#[test]
+fn row_94_a_lock_of_another_machine_is_waited_for_while_it_is_renewed_and_taken_over_when_it_is_not() {
+    let bucket = Bucket::create(false, &[]);
+    let address = bucket.server.address.trim_start_matches("http://");
+    let lock = format!("/{BUCKET}/{FQRN}/data/txn/publish.lock");
+    let foreign = |number: u32| {
+        let text = format!("process 17 on far.example.org\nplace elsewhere\nnonce 00\nrenewal {number}\n");
+        let answer = testkit::http::request(address, "PUT", &lock, &[], text.as_bytes()).unwrap();
+        assert_eq!(answer.status, 200);
+    };
+    foreign(0);
+    let started = Instant::now();
+    let waiting = bucket.start("/mine", &["--lock-wait", "120"]);
+    // Its holder lives for longer than a lock that is not renewed would be respected.
+    let holder_lives = Duration::from_secs(12);
+    let mut number = 0;
+    while started.elapsed() < holder_lives {
+        std::thread::sleep(Duration::from_secs(4));
+        number += 1;
+        foreign(number);
+    }
+    finish(waiting, &archive(50)).unwrap();
+    let waited = started.elapsed();
+    assert!(
+        waited >= holder_lives + Duration::from_secs(35),
+        "a living holder's lock was taken after {waited:?}"
+    );
+    assert!(waited < holder_lives + Duration::from_secs(60), "waited {waited:?} for a dead holder");
+    assert_eq!(bucket.seen().assert_sound().revision, 2);
+}

@@ -15,7 +15,6 @@ mod lease;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -29,9 +28,7 @@ use object_store::{
     UpdateVersion,
 };
 
-use super::{
-    MANIFEST, Put, Storage, StorageError, StorageLock, StoredObject, read_bounded, temporary_directory,
-};
+use super::{MANIFEST, Put, Scratch, Storage, StorageError, StorageLock, StoredObject, read_bounded};
 use crate::error::chain;
 use lease::{Held, Lease};
 
@@ -325,8 +322,8 @@ impl Storage for S3 {
         Ok(())
     }
 
-    fn scratch(&self) -> Result<PathBuf, StorageError> {
-        temporary_directory()
+    fn scratch(&self) -> Result<Scratch, StorageError> {
+        Scratch::in_temporary_directory()
     }
 }
 
