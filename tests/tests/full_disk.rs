@@ -1,5 +1,5 @@
 //! A disk that is full at any moment of a publish: the old revision stays, the exit code says why, and with room the same
-//! publish succeeds.
+//! publish succeeds. Disks that cannot be written at all, and those that know nothing but files.
 
 #![allow(clippy::unwrap_used, reason = "a story that cannot go on has failed")]
 
@@ -27,8 +27,12 @@ impl Disk {
     }
 
     fn resize(&self, kilobytes: u32) {
+        self.remount(&format!("size={kilobytes}k"));
+    }
+
+    fn remount(&self, option: &str) {
         let mut command = Command::new("mount");
-        command.args(["-o", &format!("remount,size={kilobytes}k")]).arg(&self.0);
+        command.args(["-o", &format!("remount,{option}")]).arg(&self.0);
         run(command, TIMEOUT).unwrap().success().unwrap();
     }
 }
@@ -90,4 +94,45 @@ fn row_92_a_disk_that_is_full_at_any_write_leaves_the_old_revision_and_the_next_
         publisher("check", &storage, &keys, &[]).success().unwrap();
     }
     assert!(failed > 8, "the disk was full only {failed} times");
+}
+
+#[test]
+fn row_102_a_read_only_disk_is_named_and_its_repository_can_be_checked() {
+    let directory = ScratchDir::new("read-only").unwrap();
+    let keys = directory.path().join("keys");
+    let tar = directory.path().join("archive.tar");
+    std::fs::write(&tar, archive()).unwrap();
+    let disk = Disk::mount(&directory.path().join("disk"), 8192);
+    let storage = disk.0.join("storage");
+    publisher("mkfs", &storage, &keys, &[]).success().unwrap();
+    disk.remount("ro");
+    let ingest = ["--base", "/data", "--tar", tar.to_str().unwrap()];
+    for (verb, options) in [("ingest", &ingest[..]), ("gc", &[]), ("rollback", &[])] {
+        let refused = publisher(verb, &storage, &keys, options);
+        assert_eq!(refused.status.code(), Some(1), "{verb}: {}", refused.output());
+        for words in [storage.to_str().unwrap(), "Read-only file system"] {
+            assert!(refused.stderr.contains(words), "{verb} does not say {words}: {}", refused.output());
+        }
+    }
+    publisher("check", &storage, &keys, &[]).success().unwrap();
+    disk.remount("rw");
+    publisher("ingest", &storage, &keys, &ingest).success().unwrap();
+}
+
+#[test]
+fn row_102_a_disk_without_extended_attributes_is_as_good_as_any() {
+    let directory = ScratchDir::new("plain").unwrap();
+    let disk = directory.path().join("disk");
+    std::fs::create_dir(&disk).unwrap();
+    let mut command = Command::new("mount");
+    command.args(["-t", "ramfs", "ramfs"]).arg(&disk);
+    run(command, TIMEOUT).unwrap().success().unwrap();
+    let disk = Disk(disk);
+    let (storage, keys, tree) = (disk.0.join("storage"), disk.0.join("keys"), disk.0.join("tree"));
+    std::fs::create_dir_all(tree.join("d")).unwrap();
+    std::fs::write(tree.join("d/f"), b"content").unwrap();
+    publisher("mkfs", &storage, &keys, &[]).success().unwrap();
+    let options = ["--base", "/data", "--xattrs", "--tree", tree.to_str().unwrap()];
+    publisher("ingest", &storage, &keys, &options).success().unwrap();
+    publisher("check", &storage, &keys, &[]).success().unwrap();
 }
