@@ -52,8 +52,9 @@ impl Commit<'_> {
         // it may have run out during the publish: clients would refuse what is signed now
         publisher.head.require_valid_whitelist(&publisher.fqrn, now)?;
         let revision = old.revision + 1;
-        let (root_catalog, root_catalog_size) = self.store_catalogs(&signer, revision, old.ttl, now)?;
-        let manifest = Manifest { root_catalog, root_catalog_size, revision, ..old.clone() };
+        let ttl = publisher.options.ttl.unwrap_or(old.ttl);
+        let (root_catalog, root_catalog_size) = self.store_catalogs(&signer, revision, ttl, now)?;
+        let manifest = Manifest { root_catalog, root_catalog_size, revision, ttl, ..old.clone() };
         let manifest = signer.publish(manifest, now, &scratch, |history| {
             history.rotate_trunk(root_catalog, root_catalog_size, revision, now)?;
             if let Some(tag) = tag {

@@ -68,6 +68,8 @@ pub struct OpenOptions {
     pub catalog_limits: CatalogLimits,
     /// Whether nanoseconds of modification times are recorded in a repository that does not say so itself.
     pub nanoseconds: Option<bool>,
+    /// Seconds that clients keep the manifest of what is published; `None`: as before.
+    pub ttl: Option<u32>,
     /// Source of time.
     pub clock: Clock,
 }
@@ -80,6 +82,7 @@ impl Default for OpenOptions {
             counters: Arc::default(),
             catalog_limits: CatalogLimits::default(),
             nanoseconds: None,
+            ttl: None,
             clock: system_clock,
         }
     }

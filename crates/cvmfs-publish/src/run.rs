@@ -98,6 +98,7 @@ fn ingest(arguments: Ingest, json: bool) -> Result<(), PublishError> {
         counters: counters.clone(),
         catalog_limits,
         nanoseconds: conf.nanoseconds,
+        ttl: conf.ttl,
         ..OpenOptions::default()
     };
     let mut publisher = open(&arguments.repository, options)?;

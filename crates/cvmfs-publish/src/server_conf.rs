@@ -30,6 +30,8 @@ pub struct ServerConf {
     pub ignore_xdir_hard_links: Option<bool>,
     /// `CVMFS_ENABLE_MTIME_NS`: record the nanoseconds of modification times.
     pub nanoseconds: Option<bool>,
+    /// `CVMFS_REPOSITORY_TTL`: seconds that clients keep the manifest, from the next revision on.
+    pub ttl: Option<u32>,
     /// `CVMFS_COMPRESSION_ALGORITHM`.
     pub compression: Option<Compression>,
     /// `CVMFS_MIN_CHUNK_SIZE`, `CVMFS_AVG_CHUNK_SIZE`, `CVMFS_MAX_CHUNK_SIZE`.
@@ -102,7 +104,15 @@ impl ServerConf {
             }),
             _ => None,
         };
+        let ttl = match size("CVMFS_REPOSITORY_TTL")? {
+            Some(seconds) => Some(
+                u32::try_from(seconds)
+                    .map_err(|_| format!("CVMFS_REPOSITORY_TTL={seconds} is more than 136 years"))?,
+            ),
+            None => None,
+        };
         Ok(ServerConf {
+            ttl,
             ignore_special_files: switch("CVMFS_IGNORE_SPECIAL_FILES")?,
             include_xattrs: switch("CVMFS_INCLUDE_XATTRS")?,
             ignore_xdir_hard_links: switch("CVMFS_IGNORE_XDIR_HARDLINKS")?,
@@ -162,6 +172,7 @@ mod tests {
         for (text, named) in [
             ("CVMFS_INCLUDE_XATTRS=maybe", "CVMFS_INCLUDE_XATTRS=maybe"),
             ("CVMFS_MIN_CHUNK_SIZE=4M", "CVMFS_MIN_CHUNK_SIZE=4M"),
+            ("CVMFS_REPOSITORY_TTL=5000000000", "CVMFS_REPOSITORY_TTL=5000000000"),
             ("CVMFS_COMPRESSION_ALGORITHM=lzma", "lzma"),
         ] {
             let error = ServerConf::parse(text).unwrap_err();

@@ -8,6 +8,7 @@ use cvmfs_format::{ContentHash, ObjectKind};
 use testkit::Fixture;
 
 use crate::support::{Repository, assert_equal_trees};
+use crate::tar::Tar;
 
 pub fn take_over(name: &str) -> (Fixture, Repository) {
     let fixture = Fixture::unpack(name).unwrap();
@@ -174,4 +175,24 @@ fn nanoseconds_are_recorded_where_the_server_conf_wants_them() {
     let seen = repository.tree("/");
     assert_eq!(seen["/without/f"]["mtime_ns"], 1_600_000_000_000_000_000_i64);
     assert_eq!(seen["/with/f"]["mtime_ns"], 1_600_000_000_123_456_789_i64);
+}
+
+#[test]
+fn the_lifetime_of_a_server_conf_holds_from_the_next_revision_on() {
+    let (_fixture, repository) = take_over("basic-sha1");
+    let directory = tempfile::tempdir().unwrap();
+    let conf = directory.path().join("server.conf");
+    std::fs::write(&conf, "CVMFS_REPOSITORY_TTL=1234\n").unwrap();
+    let before = repository.head().manifest.ttl;
+    let archive = Tar::default().file("f", b"1").finish();
+    repository.ingest("/a", &archive, &[]);
+    assert_eq!(repository.head().manifest.ttl, before);
+    repository.ingest("/b", &archive, &["--server-conf", conf.to_str().unwrap()]);
+    assert_eq!(repository.head().manifest.ttl, 1234);
+    let root = repository.head().manifest.root_catalog;
+    assert_eq!(repository.catalog(root).ttl(), 1234);
+    // What was set stays, and takes part in everything else.
+    repository.ingest("/c", &archive, &[]);
+    assert_eq!(repository.head().manifest.ttl, 1234);
+    repository.assert_sound();
 }
