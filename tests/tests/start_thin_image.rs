@@ -208,3 +208,73 @@ fn a_normal_image_is_the_same_as_on_overlay2() {
     let inspect: Value = serde_json::from_str(&engine.dockerd.docker(&["inspect", &image]).unwrap()).unwrap();
     assert_eq!(inspect[0]["GraphDriver"]["Name"], NAME);
 }
+
+#[test]
+fn with_a_user_namespace_normal_and_thin_images_show_the_same_owners_and_work_alike() {
+    let world = World::new("userns.example.org");
+    let content = TarBuilder::new()
+        .directory("srv", 0o755)
+        .owner(1000, 2000)
+        .file("srv/of-a-user", 0o600, b"private")
+        .owner(0, 0)
+        .file("srv/of-root", 0o600, b"secret")
+        .file("srv/set-user-id", 0o4755, b"#!/bin/sh\n")
+        .owner(70_000, 70_001)
+        .file("srv/outside", 0o644, b"x");
+    // An owner outside of the namespace is refused by the engine for normal images.
+    let inside = TarBuilder::new()
+        .directory("srv", 0o755)
+        .owner(1000, 2000)
+        .file("srv/of-a-user", 0o600, b"private")
+        .owner(0, 0)
+        .file("srv/of-root", 0o600, b"secret")
+        .file("srv/set-user-id", 0o4755, b"#!/bin/sh\n");
+    let busybox = busybox_layer().unwrap().finish();
+    world.registry.push("inside", "1", &Image::new([busybox.clone(), inside.finish()])).unwrap();
+    world.registry.push("outside", "1", &Image::new([busybox, content.finish()])).unwrap();
+    let thin = |name: &str| {
+        let thin = world.registry.reference(&format!("thin/{name}"), "1");
+        world.repository.convert(&world.registry.reference(name, "1"), &["--output", &thin]).unwrap();
+        thin
+    };
+    let (thin_inside, thin_outside) = (thin("inside"), thin("outside"));
+    let dockerd = Dockerd::builder().argument("--userns-remap=default");
+    let engine = ThinEngine::start_on(dockerd, &testkit::binary("cvmfs-graphdriver")).unwrap();
+    engine.etc.add_published(&world.repository).unwrap();
+    let docker = &engine.dockerd;
+    // The engine keeps the directories of plugins to itself; root of the namespace must come through them.
+    let id = docker.docker(&["plugin", "inspect", "--format", "{{.ID}}", NAME]).unwrap();
+    let plugins = docker.data_root().join("100000.100000/plugins");
+    for closed in [plugins.clone(), plugins.join(&id), plugins.join(&id).join("propagated-mount")] {
+        use std::os::unix::fs::PermissionsExt;
+        let mode = std::fs::metadata(&closed).unwrap().permissions().mode();
+        std::fs::set_permissions(&closed, std::fs::Permissions::from_mode(mode | 0o011)).unwrap();
+    }
+    // `run` uses the host's network, which belongs to another namespace.
+    let run = |image: &str, script: &str| {
+        docker.docker(&["run", "--rm", "--network=none", image, "/bin/sh", "-c", script]).unwrap()
+    };
+    let list = "cd /srv; stat -c '%n %u %g %a' . *; cat of-root of-a-user; \
+                cd /; find bin etc | sort | xargs stat -c '%n %u %g %a'";
+    let expected = run(&world.registry.reference("inside", "1"), list);
+    assert!(
+        expected.contains("of-a-user 1000 2000 600") && expected.contains("set-user-id 0 0 4755"),
+        "{expected}"
+    );
+    assert_eq!(run(&thin_inside, list), expected);
+    let change = "chown 5:6 /srv/of-a-user && echo more >> /srv/of-root && stat -c '%u %g' /srv/of-a-user /srv/of-root; \
+                  cat /srv/of-root";
+    assert_eq!(run(&thin_inside, change), "5 6\n0 0\nsecretmore");
+    let outside = run(&thin_outside, "stat -c '%u %g' /srv/outside; cat /srv/outside");
+    assert_eq!(outside, "65534 65534\nx");
+    let info = docker.docker(&["info"]).unwrap();
+    assert!(info.contains("mapped by the client"), "{info}");
+
+    // A commit has the container's owners again.
+    docker
+        .docker(&["run", "--network=none", "--name", "changed", &thin_inside, "/bin/sh", "-c", change])
+        .unwrap();
+    docker.docker(&["commit", "changed", "committed"]).unwrap();
+    assert_eq!(run("committed", "stat -c '%u %g' /srv/of-a-user; cat /srv/of-root"), "5 6\nsecretmore");
+    docker.docker(&["rm", "changed"]).unwrap();
+}

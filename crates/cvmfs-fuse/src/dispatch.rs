@@ -126,9 +126,11 @@ impl Mount {
 
     fn answer(self: &Arc<Mount>, request: Request<'_>, number: u32, reply: Reply) -> Place {
         let (node, caller) = (request.node, request.caller);
-        let soon = || Deadline::after(METADATA_PATIENCE);
-        let metadata = (request, number, METADATA_PATIENCE);
-        let data = (request, number, DATA_PATIENCE);
+        let (for_metadata, for_data) =
+            (METADATA_PATIENCE.min(self.settings.deadline), DATA_PATIENCE.min(self.settings.deadline));
+        let soon = || Deadline::after(for_metadata);
+        let metadata = (request, number, for_metadata);
+        let data = (request, number, for_data);
         match request.operation {
             Operation::Lookup { name } => {
                 if self.view.ready(node).is_some() && !crate::test_fault::is_slow(name) {

@@ -9,7 +9,7 @@ use std::sync::{Arc, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use cvmfs_client::clock::SystemClock;
-use cvmfs_client::config::{ClientSettings, Config, ConfigSources, KernelSettings, Ownership};
+use cvmfs_client::config::{ClientSettings, Config, ConfigSources, KernelSettings, Origin, Ownership};
 use cvmfs_client::deadline::Deadline;
 use cvmfs_client::error::ClientError;
 use cvmfs_client::repository::{Refreshed, Repository};
@@ -209,8 +209,17 @@ fn settings_from(request: &MountRequest, config: Config) -> Result<Settings, Fai
     logging::check_settings(&config).map_err(ClientError::from)?;
     let mut kernel = KernelSettings::from(&config).map_err(ClientError::from)?;
     if request.layer_view {
-        // Owners and modes of a layer are part of the image.
-        kernel.ownership = Ownership::default();
+        // Owners and modes of a layer are part of the image, whatever a site does with its software. Only who mounts for
+        // containers of a user namespace may say how its owners are shown.
+        let by_mounter = |name| config.get(name).is_some_and(|setting| setting.origin == Origin::Override);
+        let mut ownership = Ownership::default();
+        if by_mounter("CVMFS_UID_MAP") {
+            ownership.uids = kernel.ownership.uids;
+        }
+        if by_mounter("CVMFS_GID_MAP") {
+            ownership.gids = kernel.ownership.gids;
+        }
+        kernel.ownership = ownership;
     }
     let flags = MountFlags {
         check_permissions: kernel.check_permissions,

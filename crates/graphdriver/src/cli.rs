@@ -13,7 +13,7 @@ use tracing_subscriber::EnvFilter;
 use crate::options::MountMethod;
 use crate::plugin::{MountsFactory, Plugin};
 use crate::publishing::Publishing;
-use crate::repositories::{ClientMounts, ClientOptions, ExternalMounts};
+use crate::repositories::{ClientMounts, ClientOptions, ExternalMounts, owners};
 use crate::{keeper, server};
 
 /// Where dockerd expects the socket of a managed plugin.
@@ -233,18 +233,20 @@ fn mounts(options: &ServeOptions, log_json: bool) -> MountsFactory {
     // Not in the plugin's root file system, which an upgrade replaces.
     let cache = (options.propagated_mount.is_some() || is_managed(options))
         .then(|| state_directory(options).join("cache"));
-    Box::new(move |home, method| {
+    Box::new(move |home, options, id_maps| {
         let directory = home.join("cvmfs");
-        match method {
+        Ok(match options.mount_method {
             MountMethod::External => Arc::new(ExternalMounts::new(&directory)),
             MountMethod::Internal => {
                 let cache = cache.clone().unwrap_or_else(|| home.join(STATE_DIRECTORY).join("cache"));
+                let mut parameters = options.client.overrides();
+                parameters.extend(owners::parameters(id_maps, &home.join(STATE_DIRECTORY))?);
                 Arc::new(ClientMounts::new(
                     &directory,
-                    ClientOptions { config: config.clone(), cache, log_json },
+                    ClientOptions { config: config.clone(), cache, parameters, log_json },
                 ))
             }
-        }
+        })
     })
 }
 

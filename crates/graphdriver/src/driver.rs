@@ -163,14 +163,17 @@ impl Driver {
         let owner = Owner { uid: root_on_host(&init.uid_maps)?, gid: root_on_host(&init.gid_maps)? };
         mounts::unmount_temporary(&home)?;
         let store = LayerStore::open(&home, owner)?;
+        let id_maps = IdMaps { users: id_map(&init.uid_maps), groups: id_map(&init.gid_maps) };
+        let mounts = repository_mounts(&home, &options, &id_maps)
+            .map_err(|cause| DriverError::State { path: home.clone(), cause })?;
         let driver = Self {
             backing: status::file_system_name(&home),
             overlays: overlay::mount::probe()?,
-            repositories: Repositories::new(repository_mounts(&home, options.mount_method)),
+            repositories: Repositories::new(mounts),
             publishing: publishing.clone(),
             store,
             options,
-            id_maps: IdMaps { users: id_map(&init.uid_maps), groups: id_map(&init.gid_maps) },
+            id_maps,
             locks: KeyedLocks::new(),
             references: match engine {
                 Engine::BeginsAnew => References::fresh(state),

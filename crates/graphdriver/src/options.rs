@@ -23,6 +23,41 @@ pub enum CommitFallback {
     Diff,
 }
 
+/// What of the client's configuration the engine's options set; `None`: what the configuration says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ClientParameters {
+    /// `cvmfs.quota`: limit of the cache in MB.
+    pub quota: Option<u64>,
+    /// `cvmfs.deadline`: seconds that a container waits for a file before it gets an error.
+    pub deadline: Option<u64>,
+    /// `cvmfs.timeout`: seconds that a silent server is waited for.
+    pub timeout: Option<u64>,
+    /// `cvmfs.profile`: how files are read.
+    pub profile: Option<&'static str>,
+}
+
+/// Bounds of `cvmfs.quota` in MB. With less a single large image would push itself out all the time.
+const MIN_QUOTA: u64 = 1 << 10;
+const MAX_QUOTA: u64 = 1 << 30;
+/// Values of `cvmfs.profile`.
+const PROFILES: [&str; 4] = ["auto", "passthrough", "no_open", "plain"];
+
+impl ClientParameters {
+    /// The parameters of the client's configuration that are set.
+    pub fn overrides(&self) -> Vec<(String, String)> {
+        let number = |value: Option<u64>| value.map(|value| value.to_string());
+        let timeout = number(self.timeout);
+        let set = [
+            ("CVMFS_QUOTA_LIMIT", number(self.quota)),
+            ("CVMFS_DEADLINE", number(self.deadline)),
+            ("CVMFS_TIMEOUT", timeout.clone()),
+            ("CVMFS_TIMEOUT_DIRECT", timeout),
+            ("CVMFS_FUSE_PROFILE", self.profile.map(str::to_owned)),
+        ];
+        set.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect()
+    }
+}
+
 /// How long a commit waits for the layer service, unless `cvmfsCommitTimeout` says otherwise.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(600);
 
@@ -35,6 +70,8 @@ pub struct DriverOptions {
     pub commit_fallback: CommitFallback,
     /// `cvmfsCommitTimeout`.
     pub commit_timeout: Duration,
+    /// `cvmfs.…`.
+    pub client: ClientParameters,
 }
 
 impl Default for DriverOptions {
@@ -43,6 +80,7 @@ impl Default for DriverOptions {
             mount_method: MountMethod::default(),
             commit_fallback: CommitFallback::default(),
             commit_timeout: COMMIT_TIMEOUT,
+            client: ClientParameters::default(),
         }
     }
 }
@@ -56,7 +94,9 @@ pub enum OptionError {
     /// No option of this driver.
     #[error(
         "unknown storage option {0:?}; this driver has cvmfsMountMethod=internal|external, \
-         cvmfsCommitFallback=error|diff, cvmfsCommitTimeout=SECONDS and overlay2.override_kernel_check=true|false"
+         cvmfsCommitFallback=error|diff, cvmfsCommitTimeout=SECONDS, cvmfs.quota=SIZE, cvmfs.deadline=SECONDS, \
+         cvmfs.timeout=SECONDS, cvmfs.profile=auto|passthrough|no_open|plain and \
+         overlay2.override_kernel_check=true|false"
     )]
     Unknown(String),
     /// A value that the option does not take.
@@ -67,8 +107,13 @@ pub enum OptionError {
         /// The value given.
         value: String,
         /// What it takes.
-        expected: &'static str,
+        expected: String,
     },
+    /// Something about the plugin's own client, which is not used.
+    #[error(
+        "storage option {0} has no effect with cvmfsMountMethod=external: the host's client has its own settings"
+    )]
+    NeedsInternal(&'static str),
     /// A limit on the size of a container's layer.
     #[error(
         "storage option {0}: limits on the size of a layer are not supported by this driver (they need project \
@@ -91,13 +136,32 @@ impl DriverOptions {
             match key.to_ascii_lowercase().as_str() {
                 "cvmfsmountmethod" => parsed.mount_method = value.parse()?,
                 "cvmfscommitfallback" => parsed.commit_fallback = value.parse()?,
-                "cvmfscommittimeout" => parsed.commit_timeout = seconds("cvmfsCommitTimeout", value)?,
+                "cvmfscommittimeout" => {
+                    parsed.commit_timeout =
+                        Duration::from_secs(seconds("cvmfsCommitTimeout", value, 86_400)?);
+                }
+                "cvmfs.quota" => parsed.client.quota = Some(megabytes("cvmfs.quota", value)?),
+                "cvmfs.deadline" => parsed.client.deadline = Some(seconds("cvmfs.deadline", value, 30)?),
+                "cvmfs.timeout" => parsed.client.timeout = Some(seconds("cvmfs.timeout", value, 3600)?),
+                "cvmfs.profile" => parsed.client.profile = Some(profile(value)?),
                 "overlay2.override_kernel_check" => check_boolean("overlay2.override_kernel_check", value)?,
                 "overlay2.size" => return Err(OptionError::SizeUnsupported("overlay2.size")),
                 _ => return Err(OptionError::Unknown(key.to_owned())),
             }
         }
-        Ok(parsed)
+        let own = parsed.client;
+        let set = [
+            ("cvmfs.quota", own.quota.is_some()),
+            ("cvmfs.deadline", own.deadline.is_some()),
+            ("cvmfs.timeout", own.timeout.is_some()),
+            ("cvmfs.profile", own.profile.is_some()),
+        ];
+        match set.iter().find(|(_, is_set)| *is_set) {
+            Some((key, _)) if parsed.mount_method == MountMethod::External => {
+                Err(OptionError::NeedsInternal(key))
+            }
+            _ => Ok(parsed),
+        }
     }
 }
 
@@ -108,11 +172,7 @@ impl FromStr for MountMethod {
         match value.to_ascii_lowercase().as_str() {
             "internal" => Ok(Self::Internal),
             "external" => Ok(Self::External),
-            _ => Err(OptionError::BadValue {
-                key: "cvmfsMountMethod",
-                value: value.to_owned(),
-                expected: "internal or external",
-            }),
+            _ => Err(bad_value("cvmfsMountMethod", value, "internal or external")),
         }
     }
 }
@@ -124,24 +184,40 @@ impl FromStr for CommitFallback {
         match value.to_ascii_lowercase().as_str() {
             "error" => Ok(Self::Error),
             "diff" => Ok(Self::Diff),
-            _ => Err(OptionError::BadValue {
-                key: "cvmfsCommitFallback",
-                value: value.to_owned(),
-                expected: "error or diff",
-            }),
+            _ => Err(bad_value("cvmfsCommitFallback", value, "error or diff")),
         }
     }
 }
 
-fn seconds(key: &'static str, value: &str) -> Result<Duration, OptionError> {
+fn seconds(key: &'static str, value: &str, most: u64) -> Result<u64, OptionError> {
     match value.parse() {
-        Ok(seconds @ 1..=86_400) => Ok(Duration::from_secs(seconds)),
-        _ => Err(OptionError::BadValue {
-            key,
-            value: value.to_owned(),
-            expected: "a number of seconds from 1 to 86400",
-        }),
+        Ok(seconds) if (1..=most).contains(&seconds) => Ok(seconds),
+        _ => Err(bad_value(key, value, &format!("a number of seconds from 1 to {most}"))),
     }
+}
+
+/// A size as the engine's own options take it, `20G` or `500m`; without a unit MB, as in the client's configuration.
+fn megabytes(key: &'static str, value: &str) -> Result<u64, OptionError> {
+    let lower = value.to_ascii_lowercase();
+    let text = lower.strip_suffix('b').unwrap_or(&lower);
+    let (number, unit) = match text.strip_suffix(['m', 'g', 't']) {
+        Some(number) if text.ends_with('g') => (number, 1 << 10),
+        Some(number) if text.ends_with('t') => (number, 1 << 20),
+        Some(number) => (number, 1),
+        None => (text, 1),
+    };
+    let size = number.parse::<u64>().ok().and_then(|number| number.checked_mul(unit));
+    size.filter(|size| (MIN_QUOTA..=MAX_QUOTA).contains(size))
+        .ok_or_else(|| bad_value(key, value, "a size from 1G to 1024T, such as 20G"))
+}
+
+fn profile(value: &str) -> Result<&'static str, OptionError> {
+    let known = PROFILES.into_iter().find(|known| value.eq_ignore_ascii_case(known));
+    known.ok_or_else(|| bad_value("cvmfs.profile", value, &PROFILES.join(", ")))
+}
+
+fn bad_value(key: &'static str, value: &str, expected: &str) -> OptionError {
+    OptionError::BadValue { key, value: value.to_owned(), expected: expected.to_owned() }
 }
 
 /// The options of one layer, from `StorageOpt` of `Create`.
@@ -161,7 +237,7 @@ pub fn check_layer_options<'a>(mut keys: impl Iterator<Item = &'a str>) -> Resul
 fn check_boolean(key: &'static str, value: &str) -> Result<(), OptionError> {
     match value {
         "1" | "t" | "T" | "true" | "TRUE" | "True" | "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(()),
-        _ => Err(OptionError::BadValue { key, value: value.to_owned(), expected: "true or false" }),
+        _ => Err(bad_value(key, value, "true or false")),
     }
 }
 
@@ -193,9 +269,39 @@ mod tests {
             ("cvmfsCommitTimeout=soon", "soon"),
             ("overlay2.override_kernel_check=maybe", "maybe"),
             ("overlay2.size=10G", "overlay2.size"),
+            ("cvmfs.quota=1M", "cvmfs.quota"),
+            ("cvmfs.quota=99999999999T", "99999999999T"),
+            ("cvmfs.quota=all", "all"),
+            ("cvmfs.deadline=31", "1 to 30"),
+            ("cvmfs.timeout=0", "cvmfs.timeout"),
+            ("cvmfs.profile=fast", "passthrough"),
+            ("cvmfs.proxy=http://proxy", "cvmfs.quota=SIZE"),
             ("lonely", "lonely"),
         ] {
             assert!(parse(&[option]).unwrap_err().to_string().contains(named), "{option}");
+        }
+    }
+
+    #[test]
+    fn options_of_the_client_become_its_parameters_and_need_it() {
+        let options = ["cvmfs.quota=20g", "CVMFS.Deadline=7", "cvmfs.timeout=3", "cvmfs.profile=NO_OPEN"];
+        let parsed = parse(&options).unwrap();
+        let overrides: Vec<_> =
+            parsed.client.overrides().into_iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let expected = [
+            "CVMFS_QUOTA_LIMIT=20480",
+            "CVMFS_DEADLINE=7",
+            "CVMFS_TIMEOUT=3",
+            "CVMFS_TIMEOUT_DIRECT=3",
+            "CVMFS_FUSE_PROFILE=no_open",
+        ];
+        assert_eq!(overrides, expected);
+        assert_eq!(parse(&["cvmfs.quota=4000"]).unwrap().client.quota, Some(4000));
+        assert_eq!(parse(&["cvmfs.quota=1TB"]).unwrap().client.quota, Some(1 << 20));
+        assert!(parse(&[]).unwrap().client.overrides().is_empty());
+        for option in options {
+            let refused = parse(&["cvmfsMountMethod=external", option]).unwrap_err();
+            assert!(matches!(refused, OptionError::NeedsInternal(_)), "{option}: {refused}");
         }
     }
 

@@ -9,14 +9,18 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use overlay::ids::IdMaps;
+
 use crate::driver::{Driver, DriverError, Engine};
-use crate::options::MountMethod;
+use crate::options::DriverOptions;
 use crate::protocol::InitRequest;
 use crate::publishing::Publishing;
 use crate::repositories::RepositoryMounts;
 
-/// Makes what mounts repositories for a store at the given `Home`.
-pub type MountsFactory = Box<dyn Fn(&Path, MountMethod) -> Arc<dyn RepositoryMounts> + Send + Sync>;
+/// Makes what mounts repositories for a store at the given `Home`, as the options and the engine's user namespace
+/// want it.
+pub type MountsFactory =
+    Box<dyn Fn(&Path, &DriverOptions, &IdMaps) -> io::Result<Arc<dyn RepositoryMounts>> + Send + Sync>;
 
 /// Largest file with a kept request.
 const MAX_STATE_BYTES: u64 = 1 << 20;

@@ -7,6 +7,7 @@
 
 mod client;
 mod external;
+pub mod owners;
 mod place;
 
 use std::collections::{HashMap, HashSet};

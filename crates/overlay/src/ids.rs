@@ -42,6 +42,11 @@ impl IdMap {
         IdMap(ranges)
     }
 
+    /// The ranges; none if every owner stays what it is.
+    pub fn ranges(&self) -> &[IdRange] {
+        &self.0
+    }
+
     fn to_host(&self, id: u32) -> Option<u32> {
         self.map(id, |range| (range.container, range.host))
     }

@@ -17,6 +17,8 @@ pub struct KernelSettings {
     pub cache_symlinks: bool,
     /// Which reads the mount uses.
     pub profile: ProfileChoice,
+    /// How long a reader waits for content before it gets an error; less waits, at most this, for names and attributes.
+    pub deadline: Duration,
     /// Small files that are fetched ahead of a program that reads a directory's files in their order; 0: none.
     pub files_ahead: usize,
     /// Owners and modes as they are shown.
@@ -80,16 +82,24 @@ pub struct Ownership {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct IdMap {
     rules: HashMap<u32, u32>,
+    /// First and last id, and what the first becomes; the others follow.
+    ranges: Vec<(u32, u32, u32)>,
     others: Option<u32>,
 }
 
 impl IdMap {
     /// The id to show.
     pub fn map(&self, id: u32) -> u32 {
-        self.rules.get(&id).copied().or(self.others).unwrap_or(id)
+        let in_range = || {
+            let (first, _, to) =
+                self.ranges.iter().find(|(first, last, _)| (*first..=*last).contains(&id))?;
+            to.checked_add(id - first)
+        };
+        self.rules.get(&id).copied().or_else(in_range).or(self.others).unwrap_or(id)
     }
 
-    /// Parses a map file: lines `<repository id> <local id>`, `* <id>` for all others, comments after `#`.
+    /// Parses a map file: lines `<repository id> <local id>`, `* <id>` for all others, comments after `#`; and, beyond
+    /// what the C++ client knows, `<first>-<last> <local id of the first>`. Single ids go before ranges.
     ///
     /// # Errors
     /// The number of the first line of another form.
@@ -111,7 +121,13 @@ impl IdMap {
                     map.rules.insert(from, to);
                 }
                 Err(_) if from == "*" => map.others = Some(to),
-                Err(_) => return Err(index + 1),
+                Err(_) => {
+                    let range = from.split_once('-').and_then(|(first, last)| {
+                        let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);
+                        (first <= last && to.checked_add(last - first).is_some()).then_some((first, last, to))
+                    });
+                    map.ranges.push(range.ok_or(index + 1)?);
+                }
             }
         }
         Ok(map)
@@ -133,6 +149,7 @@ impl KernelSettings {
             statfs_lifetime: seconds("CVMFS_STATFS_CACHE_TIMEOUT", 0)?,
             cache_symlinks: config.switch("CVMFS_CACHE_SYMLINKS", true)?,
             profile: profile(config)?,
+            deadline: deadline(config)?,
             files_ahead: files_ahead(config)?,
             ownership: Ownership {
                 claim: config.switch("CVMFS_CLAIM_OWNERSHIP", false)?,
@@ -170,6 +187,18 @@ fn profile(config: &Config) -> Result<ProfileChoice, ConfigError> {
         "no_open" => Ok(ProfileChoice::NoOpen),
         "plain" => Ok(ProfileChoice::Plain),
         _ => Err(config.invalid(NAME, setting, "expected auto, passthrough, no_open or plain")),
+    }
+}
+
+/// `CVMFS_DEADLINE`.
+fn deadline(config: &Config) -> Result<Duration, ConfigError> {
+    const NAME: &str = "CVMFS_DEADLINE";
+    /// Longer than two time-outs and the way to another server; the watchdog counts on it.
+    const MOST: i64 = 30;
+    match (config.number(NAME, MOST)?, config.get(NAME)) {
+        (seconds @ 1..=MOST, _) => Ok(Duration::from_secs(seconds.unsigned_abs())),
+        (_, Some(setting)) => Err(config.invalid(NAME, setting, "expected seconds from 1 to 30")),
+        (_, None) => Ok(Duration::from_secs(MOST.unsigned_abs())),
     }
 }
 
@@ -248,8 +277,24 @@ mod tests {
         let map = IdMap::parse("# of the site\n\n1000 500\n  0   0 \n* 65534\n").unwrap();
         assert_eq!([1000, 0, 7].map(|id| map.map(id)), [500, 0, 65534]);
         assert_eq!(IdMap::parse("1 2\n").unwrap().map(9), 9, "ids without a rule stay");
+        let map = IdMap::parse("0-65535 100000\n7 1\n70000-70000 5\n* 65534\n").unwrap();
+        let mapped = [0, 65535, 65536, 7, 70_000].map(|id| map.map(id));
+        assert_eq!(mapped, [100_000, 165_535, 65_534, 1, 5]);
+        for text in ["5-4 1\n", "0-4294967295 1\n", "-5 1\n", "1- 1\n", "a-b 1\n"] {
+            assert_eq!(IdMap::parse(text), Err(1), "{text:?}");
+        }
         for (text, line) in [("1 2\n3\n", 2), ("1\t2\n", 1), ("1 2 3\n", 1), ("a 2\n", 1), ("1 -2\n", 1)] {
             assert_eq!(IdMap::parse(text), Err(line), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn the_deadline_has_bounds() {
+        let deadline = |value: &str| settings(&[("CVMFS_DEADLINE", value)]).map(|settings| settings.deadline);
+        assert_eq!(settings(&[]).unwrap().deadline, Duration::from_secs(30));
+        assert_eq!(deadline("5").unwrap(), Duration::from_secs(5));
+        for wrong in ["0", "31", "-1", "soon"] {
+            assert!(deadline(wrong).unwrap_err().to_string().contains("CVMFS_DEADLINE"), "{wrong}");
         }
     }
 

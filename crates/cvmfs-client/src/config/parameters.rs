@@ -52,6 +52,7 @@ const PARAMETERS: &[(&str, Support)] = &[
     ("CVMFS_CONFIG_REPO_DEFAULT_ENV", SHELL),
     ("CVMFS_CONFIG_REPO_REQUIRED", Honoured),
     ("CVMFS_CPU_AFFINITY", Honoured),
+    ("CVMFS_DEADLINE", Honoured),
     ("CVMFS_DEBUGLOG", Honoured),
     ("CVMFS_DEFAULT_DOMAIN", Honoured),
     ("CVMFS_DNS_MAX_TTL", Honoured),

@@ -29,8 +29,11 @@ impl Driver {
         };
         rows.push(row("Commits on thin images", &commits));
         if self.in_user_namespace() {
-            let effect = "of files in thin images are not mapped (they show as the host's ids)";
-            rows.push(row("User namespace", &format!("owners {effect}")));
+            let effect = match self.options.mount_method {
+                MountMethod::Internal => "mapped by the client",
+                MountMethod::External => "not mapped (they show as the host's ids)",
+            };
+            rows.push(row("User namespace", &format!("owners of files in thin images are {effect}")));
         }
         let repositories = self.repositories.status();
         if repositories.is_empty() {

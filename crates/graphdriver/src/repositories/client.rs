@@ -24,6 +24,8 @@ pub struct ClientOptions {
     pub config: PathBuf,
     /// Fetched objects are kept below this directory.
     pub cache: PathBuf,
+    /// Parameters that hold whatever the configuration says.
+    pub parameters: Vec<(String, String)>,
     /// Whether its log lines are JSON, as the plugin's.
     pub log_json: bool,
 }
@@ -52,11 +54,15 @@ impl ClientMounts {
             sources: ConfigSources {
                 directory: self.options.config.clone(),
                 files: None,
-                overrides: vec![
-                    ("CVMFS_CACHE_BASE".to_owned(), self.options.cache.to_string_lossy().into_owned()),
-                    // Files of an image belong to whom the image says, not to the mounter.
-                    ("CVMFS_CLAIM_OWNERSHIP".to_owned(), "no".to_owned()),
-                ],
+                overrides: {
+                    let mut overrides = vec![
+                        ("CVMFS_CACHE_BASE".to_owned(), self.options.cache.to_string_lossy().into_owned()),
+                        // Files of an image belong to whom the image says, not to the mounter.
+                        ("CVMFS_CLAIM_OWNERSHIP".to_owned(), "no".to_owned()),
+                    ];
+                    overrides.extend(self.options.parameters.iter().cloned());
+                    overrides
+                },
             },
             layer_view: true,
             allow_other: true,
@@ -219,7 +225,12 @@ mod tests {
         for name in ["left.example.org", "full.example.org/file"] {
             fs::create_dir_all(directory.path().join(name)).unwrap();
         }
-        let options = ClientOptions { config: "/nowhere".into(), cache: "/nowhere".into(), log_json: false };
+        let options = ClientOptions {
+            config: "/nowhere".into(),
+            cache: "/nowhere".into(),
+            parameters: Vec::new(),
+            log_json: false,
+        };
         ClientMounts::new(directory.path(), options).recover();
         assert!(!directory.path().join("left.example.org").exists());
         assert!(directory.path().join("full.example.org").exists(), "what is not empty is not ours");

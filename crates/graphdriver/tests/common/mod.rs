@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use graphdriver::options::MountMethod;
-use graphdriver::plugin::Plugin;
+use graphdriver::plugin::{MountsFactory, Plugin};
 use graphdriver::publishing::Publishing;
 use graphdriver::repositories::{ExternalMounts, Fqrn, RepositoryError, RepositoryMounts, RepositoryStatus};
 use serde_json::{Value, json};
@@ -71,13 +71,13 @@ impl Host {
         let (state, repositories) = (self.directory.path().join("state"), Arc::clone(&self.repositories));
         let layer_service = self.directory.path().join("layer-service");
         let server = std::thread::spawn(move || {
-            let factory = move |home: &Path, method| -> Arc<dyn RepositoryMounts> {
-                match method {
+            let factory: MountsFactory = Box::new(move |home, options, _| {
+                Ok(match options.mount_method {
                     MountMethod::Internal => Arc::clone(&repositories) as Arc<dyn RepositoryMounts>,
                     MountMethod::External => Arc::new(ExternalMounts::new(&home.join("cvmfs"))),
-                }
-            };
-            let plugin = Arc::new(Plugin::start(&state, Box::new(factory), Publishing::new(&layer_service)));
+                })
+            });
+            let plugin = Arc::new(Plugin::start(&state, factory, Publishing::new(&layer_service)));
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
             runtime.block_on(async {
                 let listener = tokio::net::UnixListener::from_std(listener).unwrap();
