@@ -80,7 +80,7 @@ fn an_image_is_converted_into_a_bucket_and_mounted_from_it() {
         .collect();
     let overlay = Overlay::of(&mounted.iter().map(std::path::PathBuf::as_path).collect::<Vec<_>>());
     let reference = unpack_layers(&[&layers[0], &layers[1]]);
-    let expected = layer_content(&walk_tree(&reference.path().join("root")));
-    assert_same(&compare(&expected, &layer_content(&walk_tree(&overlay.path()))));
+    let expected = layer_content(&walk_tree(reference.path().join("root")));
+    assert_same(&compare(&expected, &layer_content(&walk_tree(overlay.path()))));
     world.run("cvmfs-publish", &["check", FQRN]).success().unwrap();
 }

@@ -172,7 +172,7 @@ fn content(size: usize, seed: u32) -> Vec<u8> {
         (state >> 33) as u8
     };
     // Some compress and some do not.
-    (0..size).map(|place| if seed % 3 == 0 { (place / 50) as u8 } else { word() }).collect()
+    (0..size).map(|place| if seed.is_multiple_of(3) { (place / 50) as u8 } else { word() }).collect()
 }
 
 fn pack(directory: &Path, archive: &Path) -> Vec<u8> {

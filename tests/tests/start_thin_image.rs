@@ -278,3 +278,73 @@ fn with_a_user_namespace_normal_and_thin_images_show_the_same_owners_and_work_al
     assert_eq!(run("committed", "stat -c '%u %g' /srv/of-a-user; cat /srv/of-root"), "5 6\nsecretmore");
     docker.docker(&["rm", "changed"]).unwrap();
 }
+
+#[test]
+fn an_operator_sees_what_is_lazy_and_how_much_was_fetched() {
+    let world = World::new("operator.example.org");
+    let (normal, thin) = world.publish("app");
+    let engine = ThinEngine::start().unwrap();
+    engine.etc.add_published(&world.repository).unwrap();
+    let docker = &engine.dockerd;
+    for (name, image) in [("lazy", &thin), ("whole", &normal)] {
+        let arguments = ["run", "-d", "--network=host", "--name", name, image, "/bin/sleep", "1000"];
+        docker.docker(&arguments).unwrap();
+    }
+    docker.docker(&["exec", "lazy", "/bin/cat", "/srv/name", "/etc/app/new"]).unwrap();
+    let id = docker.docker(&["plugin", "inspect", "--format", "{{.ID}}", NAME]).unwrap();
+    let socket = format!("/run/docker/plugins/{id}/plugin.sock");
+    let status = |options: &[&str]| {
+        testkit::published::run_binary(
+            "cvmfs-graphdriver",
+            &[&["status", "--socket", &socket], options].concat(),
+        )
+    };
+    let report: Value = serde_json::from_str(&status(&["--json"]).unwrap().success().unwrap()).unwrap();
+    let layer_of = |container: &str| {
+        let format = "{{.GraphDriver.Data.MergedDir}}";
+        let merged = docker.docker(&["inspect", "--format", format, container]).unwrap();
+        let id = merged.split('/').rev().nth(1).unwrap().to_owned();
+        let layers = report["layers"].as_array().unwrap();
+        layers.iter().find(|layer| layer["id"] == id.as_str()).unwrap_or_else(|| panic!("no {id}: {report}"))
+    };
+    let lazy = layer_of("lazy");
+    assert_eq!(
+        (&lazy["kind"], &lazy["lazy"], &lazy["mounted"]),
+        (&"container".into(), &"all".into(), &true.into())
+    );
+    let (fetched, bytes) = (lazy["bytes_fetched"].as_u64().unwrap(), lazy["bytes"].as_u64().unwrap());
+    // Busybox and two small files of busybox and two files of 3 MB.
+    assert!(fetched > 500_000 && fetched < bytes - 5_000_000, "{report}");
+    let whole = layer_of("whole");
+    assert_eq!((&whole["lazy"], &whole["bytes_fetched"]), (&"no".into(), &0.into()));
+    assert!(report["layers"].as_array().unwrap().iter().any(|layer| layer["kind"] == "image"), "{report}");
+    assert_eq!(report["ordinary_layers"], 3, "{report}");
+    let repository = &report["repositories"][0];
+    assert_eq!((&repository["fqrn"], &repository["answers"]), (&"operator.example.org".into(), &true.into()));
+    assert_eq!(repository["users"], 1, "{report}");
+    let text = status(&[]).unwrap().success().unwrap();
+    assert!(
+        text.contains("lazy, all 3 layers") && text.contains("not lazy, its image has no thin layer"),
+        "{text}"
+    );
+
+    let mut metrics = std::process::Command::new("curl");
+    metrics.args(["-s", "--unix-socket", &socket, "http://plugin/metrics"]);
+    let metrics =
+        testkit::process::run(metrics, std::time::Duration::from_secs(10)).unwrap().success().unwrap();
+    for line in [
+        "cvmfs_graphdriver_mounted_layers{kind=\"container\",lazy=\"all\"} 1",
+        "cvmfs_graphdriver_repository_up{fqrn=\"operator.example.org\"} 1",
+        "cvmfs_graphdriver_calls_total{call=\"Init\"} 1",
+    ] {
+        assert!(metrics.lines().any(|found| found == line), "no {line} in:\n{metrics}");
+    }
+    docker.docker(&["rm", "-f", "lazy", "whole"]).unwrap();
+    let refused =
+        testkit::published::run_binary("cvmfs-graphdriver", &["status", "--socket", "/no/such"]).unwrap();
+    assert!(
+        refused.code() == Some(1) && refused.stderr.contains("docker plugin inspect"),
+        "{}",
+        refused.output()
+    );
+}

@@ -53,6 +53,8 @@ pub struct AttachedCatalog {
     link_leaders: OnceLock<HashMap<u32, i64>>,
     /// Entries of this catalog without those of nested ones; known once it was open.
     entries: OnceLock<u64>,
+    /// Bytes of the files in and below this catalog, likewise.
+    content: OnceLock<u64>,
     last_used: AtomicU64,
 }
 
@@ -67,6 +69,7 @@ impl AttachedCatalog {
             pinned: Mutex::new(None),
             link_leaders: OnceLock::new(),
             entries: OnceLock::new(),
+            content: OnceLock::new(),
             last_used: AtomicU64::new(0),
         })
     }
@@ -84,6 +87,11 @@ impl AttachedCatalog {
     /// Plain size in bytes as its parent records it; 0 if the parent does not.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// Bytes of the files in this catalog and those below it; known once it was open.
+    pub fn content(&self) -> Option<u64> {
+        self.content.get().copied()
     }
 
     fn is_open(&self) -> bool {
@@ -545,8 +553,9 @@ impl Snapshot {
             self.store.cache().pin(&CacheName::object(&catalog.hash, Compression::Zlib), Some(&hint));
         *catalog.pinned.lock().unwrap_or_else(PoisonError::into_inner) = pinned.ok();
         if catalog.entries.get().is_none() {
-            let own = rows.counters().map_err(unreadable)?.own;
-            let _ = catalog.entries.set(own.entries().max(0).cast_unsigned());
+            let counters = rows.counters().map_err(unreadable)?;
+            let _ = catalog.content.set(counters.total().file_size.max(0).cast_unsigned());
+            let _ = catalog.entries.set(counters.own.entries().max(0).cast_unsigned());
         }
         Ok(rows)
     }

@@ -15,6 +15,7 @@ use cvmfs_format::{ObjectKind, ObjectName};
 use crate::handles::{Handles, Mode, Offer};
 use crate::nodes::Node;
 use crate::profile::{Chosen, Profile};
+use crate::traffic::Traffic;
 
 /// Files kept open for reads that no open preceded (profile `no_open`). Each costs a
 /// descriptor; one that is not kept costs an `open` of the cache file.
@@ -56,6 +57,8 @@ pub(crate) struct Content {
     chosen: Chosen,
     /// Where READ requests are answered from, by node.
     plain: Mutex<Plain>,
+    /// What had to be fetched.
+    pub(crate) traffic: Traffic,
 }
 
 #[derive(Debug, Default)]
@@ -89,7 +92,7 @@ pub(crate) struct Opened {
 
 impl Content {
     pub(crate) fn new(store: ObjectStore, handles: Handles, chosen: Chosen) -> Content {
-        Content { store, handles, chosen, plain: Mutex::default() }
+        Content { store, handles, chosen, plain: Mutex::default(), traffic: Traffic::default() }
     }
 
     /// How reads reach the content, and why.
@@ -127,6 +130,7 @@ impl Content {
             return Err(ContentError::Unsupported("not a regular file"));
         }
         let source = self.source(node, reader, patience)?;
+        self.traffic.file(node);
         self.open_source(node, unique, source)
     }
 
@@ -212,14 +216,20 @@ impl Content {
                 outcome => outcome.map_err(ContentError::Read),
             },
             Source::Chunked(handle) => {
-                Ok(handle.read_at(buffer, offset, patience).map_err(ClientError::from)?)
+                let length = handle.read_at(buffer, offset, patience).map_err(ClientError::from)?;
+                self.traffic.part(node, length);
+                Ok(length)
             }
         }
     }
 
     /// Begins to fetch a file that is no more than one object; false if it is in the cache.
     pub(crate) fn fetch_ahead(&self, node: &Node) -> bool {
-        asked(node, &Reader::default()).is_some_and(|asked| self.store.fetch_ahead(&asked))
+        let begins = asked(node, &Reader::default()).is_some_and(|asked| self.store.fetch_ahead(&asked));
+        if begins {
+            self.traffic.file(node);
+        }
+        begins
     }
 
     /// Returns whether this was the node's last open: its content is let go then.

@@ -45,6 +45,7 @@ mod statistics;
 mod supervisor;
 mod syscall;
 mod test_fault;
+mod traffic;
 mod users;
 mod view;
 mod watchdog;

@@ -14,7 +14,7 @@ use crate::options::MountMethod;
 use crate::plugin::{MountsFactory, Plugin};
 use crate::publishing::Publishing;
 use crate::repositories::{ClientMounts, ClientOptions, ExternalMounts, owners};
-use crate::{keeper, server};
+use crate::{keeper, server, status_command};
 
 /// Where dockerd expects the socket of a managed plugin.
 const PLUGIN_SOCKET: &str = "/run/docker/plugins/plugin.sock";
@@ -72,6 +72,21 @@ enum LogFormat {
 enum Command {
     /// Answer the engine's calls until SIGTERM; mounts of containers stay.
     Serve(ServeOptions),
+    /// Show what a running plugin does: repositories, containers and thin images, and how much of them was fetched.
+    ///
+    /// A container is lazy if all layers of its image lie in repositories: then a file is fetched when it is opened.
+    /// Exit code 1 if the plugin does not answer or no engine uses it.
+    Status(StatusOptions),
+}
+
+#[derive(Debug, Clone, Args)]
+struct StatusOptions {
+    /// Socket of the plugin.
+    #[arg(long, value_name = "PATH", default_value = PLUGIN_SOCKET)]
+    socket: PathBuf,
+    /// Print one JSON document.
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -108,7 +123,18 @@ pub fn run() -> ExitCode {
         }
     };
     let log_json = start_log(&cli.log);
-    let Command::Serve(options) = cli.command;
+    let options = match cli.command {
+        Command::Serve(options) => options,
+        Command::Status(options) => {
+            return match status_command::run(&options.socket, options.json) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    eprintln!("error: {error:#}");
+                    ExitCode::FAILURE
+                }
+            };
+        }
+    };
     let result = if keeper::is_needed() && !options.inherited_socket {
         keeper::run(&options.socket)
     } else {
@@ -264,8 +290,10 @@ mod tests {
     fn two_legacy_plugins_on_one_host_keep_their_state_apart() {
         let options = |arguments: &[&str]| {
             let cli = Cli::try_parse_from([&["cvmfs-graphdriver", "serve"], arguments].concat()).unwrap();
-            let Command::Serve(options) = cli.command;
-            options
+            match cli.command {
+                Command::Serve(options) => options,
+                Command::Status(_) => panic!("not what was asked for"),
+            }
         };
         let legacy = |name| state_directory(&options(&["--socket", name]));
         assert_ne!(legacy("/run/docker/plugins/a.sock"), legacy("/run/docker/plugins/b.sock"));

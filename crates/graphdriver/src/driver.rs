@@ -9,6 +9,7 @@ mod commit;
 mod content;
 mod mounting;
 mod references;
+pub mod report;
 mod status;
 mod view;
 

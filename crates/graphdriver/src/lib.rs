@@ -27,4 +27,5 @@ pub mod protocol;
 pub mod publishing;
 pub mod repositories;
 pub mod server;
+mod status_command;
 pub mod store;

@@ -16,6 +16,7 @@ use crate::options::DriverOptions;
 use crate::protocol::InitRequest;
 use crate::publishing::Publishing;
 use crate::repositories::RepositoryMounts;
+use crate::server::CallCounters;
 
 /// Makes what mounts repositories for a store at the given `Home`, as the options and the engine's user namespace
 /// want it.
@@ -31,6 +32,7 @@ pub struct Plugin {
     mounts: MountsFactory,
     publishing: Publishing,
     driver: RwLock<Option<Arc<Driver>>>,
+    calls: CallCounters,
 }
 
 impl std::fmt::Debug for Plugin {
@@ -47,7 +49,8 @@ impl Plugin {
     /// initialised, so is this one.
     pub fn start(state_directory: &Path, mounts: MountsFactory, publishing: Publishing) -> Self {
         let state = state_directory.join("init.json");
-        let plugin = Self { state, mounts, publishing, driver: RwLock::new(None) };
+        let plugin =
+            Self { state, mounts, publishing, driver: RwLock::new(None), calls: CallCounters::default() };
         match read_state(&plugin.state) {
             Ok(None) => {}
             Ok(Some(init)) => match plugin.set_up(&init, Engine::GoesOn) {
@@ -77,6 +80,11 @@ impl Plugin {
             .map_err(|cause| DriverError::State { path: self.state.clone(), cause })?;
         tracing::info!(home = init.home, options = ?init.options, "initialised");
         Ok(())
+    }
+
+    /// Calls that were answered.
+    pub fn calls(&self) -> &CallCounters {
+        &self.calls
     }
 
     /// The initialised driver.

@@ -113,12 +113,14 @@ fn at_revision(revision: Option<u64>) -> String {
 }
 
 /// What is known about a mounted repository.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct RepositoryStatus {
     /// The repository.
     pub fqrn: Fqrn,
     /// For people: revision, state, cache.
     pub summary: String,
+    /// What its client says, if it is ours and answers.
+    pub client: Option<Box<cvmfs_fuse::Status>>,
 }
 
 /// Mounts repositories. Calls for one repository come one after the other.
@@ -263,8 +265,7 @@ impl Repositories {
         self.mounts.recover();
     }
 
-    /// Number of holders of a repository.
-    #[cfg(test)]
+    /// Number of layers that hold a repository.
     pub fn holders(&self, fqrn: &str) -> usize {
         self.uses().iter().find(|(name, _)| name.as_str() == fqrn).map_or(0, |(_, u)| u.holders.len())
     }

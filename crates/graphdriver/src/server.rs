@@ -8,6 +8,7 @@
 //! `ApplyDiff`.
 
 mod calls;
+mod operator;
 mod stream;
 
 use std::convert::Infallible;
@@ -22,6 +23,8 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::plugin::Plugin;
+
+pub use operator::CallCounters;
 
 /// After SIGTERM the engine waits 10 s before it kills; calls get this long to end.
 const DRAIN_TIME: Duration = Duration::from_secs(8);

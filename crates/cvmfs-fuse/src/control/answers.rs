@@ -19,7 +19,7 @@ use cvmfs_format::catalog::EntryKind;
 use super::command::{Command, Side};
 use super::settings::ControlSettings;
 use super::sockets::send_descriptor;
-use super::status::{CallStatus, HostStatus, ProxyStatus, Status};
+use super::status::{CallStatus, HostStatus, LayerStatus, ProxyStatus, Status};
 use super::{cache_answers, internal_affairs, network_answers};
 use crate::filesystem::{Mount, chain};
 use crate::logging::redaction::redacted;
@@ -30,6 +30,8 @@ use crate::statistics::CallStatistics;
 const CACHE_PATIENCE: Duration = Duration::from_secs(1);
 /// Longest wait for catalogs that a path leads through.
 pub(super) const PATH_PATIENCE: Duration = Duration::from_secs(30);
+/// Layers that `status` tells of.
+const MAX_LAYERS: usize = 4096;
 /// What `version` and `hotpatch history` show. There is no separate loader: it has the same version.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -209,6 +211,7 @@ impl Context {
             mode: chosen.profile.name().into(),
             mode_reason: chosen.reason.clone(),
             layer_view: mount.view.is_layer_view(),
+            layers: layers(mount),
             open_files: counted.open_files,
             catalogs: repository.snapshot().attached().len(),
             io_errors: counted.io_errors,
@@ -418,4 +421,21 @@ impl CacheProbe {
             }
         }
     }
+}
+
+/// What each layer's catalog says, and how much below it was fetched.
+fn layers(mount: &Mount) -> BTreeMap<String, LayerStatus> {
+    if !mount.view.is_layer_view() {
+        return BTreeMap::new();
+    }
+    let attached = mount.view.repository().snapshot().attached();
+    let nested = attached.iter().filter(|catalog| !catalog.mountpoint().is_empty()).take(MAX_LAYERS);
+    let status = nested.map(|catalog| {
+        let tally = mount.content.traffic.of(catalog.mountpoint());
+        let path = String::from_utf8_lossy(catalog.mountpoint()).into_owned();
+        let status =
+            LayerStatus { bytes: catalog.content(), files_fetched: tally.files, bytes_fetched: tally.bytes };
+        (path, status)
+    });
+    status.collect()
 }

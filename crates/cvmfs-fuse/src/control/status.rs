@@ -53,6 +53,8 @@ pub struct Status {
     pub mode_reason: String,
     /// Whether whiteout markers are presented as overlayfs understands them.
     pub layer_view: bool,
+    /// In a layer view: the content of each layer that was looked into, by the path of its catalog.
+    pub layers: BTreeMap<String, LayerStatus>,
     /// Files open now.
     pub open_files: usize,
     /// Attached catalogs.
@@ -115,6 +117,18 @@ pub struct Status {
     pub evictions: u64,
     /// Times that room was made in the cache within the last 24 hours.
     pub cleanups: u64,
+}
+
+/// How much of a layer had to be fetched since the worker started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LayerStatus {
+    /// Bytes of all files of the layer, also in catalogs below, if its catalog was read.
+    pub bytes: Option<u64>,
+    /// Files that were fetched.
+    pub files_fetched: u64,
+    /// Plain bytes that were fetched.
+    pub bytes_fetched: u64,
 }
 
 /// A server as `status` shows it.

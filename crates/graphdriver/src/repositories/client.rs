@@ -198,7 +198,7 @@ impl ClientMounts {
 
     fn status_of(&self, fqrn: Fqrn) -> RepositoryStatus {
         let status = self.control(&fqrn).map(|control| cvmfs_fuse::status(&control));
-        let summary = match status {
+        let summary = match &status {
             Some(Ok(status)) => format!(
                 "revision {}, {}, cache {} of {} MiB{}{}",
                 status.revision,
@@ -211,7 +211,7 @@ impl ClientMounts {
             Some(Err(error)) => format!("does not answer: {error}"),
             None => "mounted, but its process is gone".to_owned(),
         };
-        RepositoryStatus { fqrn, summary }
+        RepositoryStatus { fqrn, summary, client: status.and_then(Result::ok).map(Box::new) }
     }
 }
 

@@ -78,7 +78,7 @@ impl RepositoryMounts for DirectoryMounts {
     }
 
     fn status(&self) -> Vec<RepositoryStatus> {
-        let status = |fqrn: Fqrn| RepositoryStatus { fqrn, summary: "revision 7".to_owned() };
+        let status = |fqrn: Fqrn| RepositoryStatus { fqrn, summary: "revision 7".to_owned(), client: None };
         self.mounted().into_iter().map(status).collect()
     }
 

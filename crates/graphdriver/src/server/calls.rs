@@ -10,6 +10,7 @@ use hyper::{Method, Request, Response, StatusCode, header};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::operator;
 use super::stream::{self, ResponseBody};
 use crate::causes::with_causes;
 use crate::driver::Driver;
@@ -46,8 +47,14 @@ impl<E: std::error::Error> From<E> for CallError {
 pub(super) async fn answer(plugin: Arc<Plugin>, request: Request<Incoming>) -> Answer {
     let started = Instant::now();
     let call = request.uri().path().to_owned();
-    let answered = dispatch(plugin, &call, request).await;
+    let is_question = request.method() == Method::GET;
+    let counters = Arc::clone(&plugin);
+    let answered =
+        if is_question { question(plugin, &call).await } else { dispatch(plugin, &call, request).await };
     let elapsed = started.elapsed();
+    if !is_question {
+        counters.calls().note(&call, answered.is_err(), elapsed);
+    }
     match answered {
         Ok(answer) => {
             if elapsed > SLOW_CALL {
@@ -60,6 +67,30 @@ pub(super) async fn answer(plugin: Arc<Plugin>, request: Request<Incoming>) -> A
         Err(CallError { status, message }) => {
             tracing::error!(call, seconds = elapsed.as_secs_f64(), error = message, "call failed");
             json(status, &Failed { error: message })
+        }
+    }
+}
+
+/// What operators ask.
+async fn question(plugin: Arc<Plugin>, path: &str) -> Result<Answer, CallError> {
+    let report = |plugin: Arc<Plugin>| async move {
+        let driver = plugin.driver()?;
+        blocking(move || Ok(driver.report()?)).await
+    };
+    match path {
+        "/status" => Ok(done(&report(plugin).await?)),
+        "/metrics" => {
+            let counters = Arc::clone(&plugin);
+            let text = operator::metrics(&report(plugin).await?, counters.calls());
+            let mut answer = whole(text.into_bytes());
+            let kind = header::HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+            answer.headers_mut().insert(header::CONTENT_TYPE, kind);
+            Ok(answer)
+        }
+        _ => {
+            let message =
+                format!("GET {path}: the plugin protocol uses POST; there are /status and /metrics");
+            Err(CallError { status: StatusCode::METHOD_NOT_ALLOWED, message })
         }
     }
 }
@@ -219,9 +250,12 @@ fn done<T: Serialize>(value: &T) -> Answer {
 fn json<T: Serialize>(status: StatusCode, value: &T) -> Answer {
     let mut text = serde_json::to_vec(value).expect("the protocol's types always have a JSON form");
     text.push(b'\n');
-    let mut answer =
-        Response::new(Full::new(Bytes::from(text)).map_err(|never| match never {}).boxed_unsync());
+    let mut answer = whole(text);
     *answer.status_mut() = status;
     answer.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(CONTENT_TYPE));
     answer
+}
+
+fn whole(text: Vec<u8>) -> Answer {
+    Response::new(Full::new(Bytes::from(text)).map_err(|never| match never {}).boxed_unsync())
 }

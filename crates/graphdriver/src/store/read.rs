@@ -21,6 +21,22 @@ impl LayerStore {
         self.layer_directory(id).is_dir()
     }
 
+    /// All layers, in the order of their ids.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn layers(&self) -> Result<Vec<LayerId>, StoreError> {
+        let failed = |cause| StoreError::io("read", self.home(), cause);
+        let mut layers = Vec::new();
+        for entry in fs::read_dir(self.home()).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let id = entry.file_name().to_str().and_then(|name| name.parse::<LayerId>().ok());
+            layers.extend(id.filter(|id| self.diff_directory(id).is_dir()));
+        }
+        layers.sort_by(|a, b| a.as_str().cmp(b.as_str()));
+        Ok(layers)
+    }
+
     /// Fails unless the layer exists.
     ///
     /// # Errors

@@ -353,7 +353,7 @@ impl RepositoryMounts for DirectoryMounts {
     }
 
     fn status(&self) -> Vec<RepositoryStatus> {
-        let status = |fqrn| RepositoryStatus { fqrn, summary: "revision 3".to_owned() };
+        let status = |fqrn| RepositoryStatus { fqrn, summary: "revision 3".to_owned(), client: None };
         self.mounted().into_iter().map(status).collect()
     }
 
