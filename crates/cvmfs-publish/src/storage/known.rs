@@ -277,6 +277,8 @@ mod tests {
         let content = Content::of(ObjectKind::File, ENCODING, b"content");
         assert_eq!(known.find(&content, ObjectKind::File, SHA1), None);
         known.remember(&content, &object(b"content"), 17);
+        assert!(known.find(&content, ObjectKind::File, SHA1).is_some());
+        drop(known);
         let known = Known::new(file).unwrap();
         assert_eq!(known.find(&content, ObjectKind::File, SHA1), Some((object(b"content"), 17)));
         let stock = Encoding { deflate: Deflate::Stock, ..ENCODING };
