@@ -156,3 +156,44 @@ fn is_first(pid: u32) -> bool {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     status.lines().any(|line| line.starts_with("NSpid:") && line.split_whitespace().last() == Some("1"))
 }
+
+#[test]
+fn an_upgrade_of_the_plugin_keeps_images_containers_and_the_cache() {
+    let mut world = world("upgrade.example.org");
+    world.docker(&["create", "--network=host", "--name", "thin", &world.thin, "/bin/cat", "/srv/name"]);
+    world.docker(&["create", "--network=host", "--name", "normal", &world.normal, "/bin/cat", "/srv/name"]);
+    let written = "echo written > /srv/written; cat /srv/name";
+    world.docker(&["run", "--network=host", "--name", "changed", &world.thin, "/bin/sh", "-c", written]);
+    assert_eq!(world.docker(&["start", "-a", "thin"]), "thin");
+
+    // The next version, as a site distributes it.
+    let directory = testkit::ScratchDir::new("next").unwrap();
+    let next = directory.path().join("plugin");
+    managed_plugin::assemble(&next, &testkit::binary("cvmfs-graphdriver")).unwrap();
+    std::fs::write(next.join("rootfs/etc/next-version"), b"").unwrap();
+    let reference = world._registry.reference("graphdriver", "next");
+    world.docker(&["plugin", "create", &reference, next.to_str().unwrap()]);
+    world.docker(&["plugin", "push", &reference]);
+    world.docker(&["plugin", "rm", &reference]);
+
+    world.engine.dockerd.restart_with_driver("overlay2").unwrap();
+    world.docker(&["plugin", "disable", managed_plugin::NAME]);
+    let upgrade = ["plugin", "upgrade", "--grant-all-permissions", "--skip-remote-check"];
+    world.docker(&[&upgrade[..], &[managed_plugin::NAME, &reference]].concat());
+    world.docker(&["plugin", "enable", managed_plugin::NAME]);
+    let requests = world.repository.origin.requests().len();
+    world.engine.dockerd.restart_with_driver(managed_plugin::NAME).unwrap();
+
+    let id = world.docker(&["plugin", "inspect", "--format", "{{.ID}}", managed_plugin::NAME]);
+    let root = world.engine.dockerd.data_root().join("plugins").join(id).join("rootfs");
+    assert!(root.join("etc/next-version").exists(), "it was not upgraded");
+    for container in ["thin", "normal"] {
+        assert_eq!(world.docker(&["start", "-a", container]), "thin");
+    }
+    assert_eq!(world.docker(&["diff", "changed"]), "C /srv\nA /srv/written");
+    assert_eq!(world.run(&world.thin), "thin");
+    let objects = world.repository.origin.requests().into_iter().skip(requests);
+    let fetched: Vec<_> = objects.filter(|request| format!("{request:?}").contains("/data/")).collect();
+    assert!(fetched.is_empty(), "fetched again: {fetched:?}");
+    world.docker(&["rm", "thin", "normal", "changed"]);
+}

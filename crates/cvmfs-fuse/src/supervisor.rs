@@ -37,8 +37,11 @@ const READY_TIMEOUT: Duration = Duration::from_secs(40);
 /// A worker that lived this long was healthy: the next death is answered at once.
 const HEALTHY: Duration = Duration::from_secs(10);
 /// Pause between restarts of a worker that keeps dying, doubled each time up to the maximum.
-const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// The maximum after a worker that had served: its readers get on by each, and a request of which workers die is
+/// refused soon.
+const LONGEST_PAUSE_IF_SERVED: Duration = Duration::from_millis(320);
 /// Time a worker has to end by itself after the unmount that SIGTERM causes.
 const END_TIMEOUT: Duration = Duration::from_secs(3);
 /// Time for a killed worker to be gone. One that waits for a dead disk is not, but its
@@ -211,7 +214,8 @@ impl Supervisor {
                 }
                 Event::Died(what) => self.log(&format!("{what}; another worker takes over")),
             }
-            pause = if started.elapsed() > HEALTHY { FIRST_PAUSE } else { pause };
+            pause =
+                if started.elapsed() > HEALTHY { FIRST_PAUSE } else { pause.min(LONGEST_PAUSE_IF_SERVED) };
             match self.successor(&mut pause) {
                 Some(successor) => worker = successor,
                 None => {

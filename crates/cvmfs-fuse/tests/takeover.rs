@@ -12,6 +12,13 @@ use std::time::{Duration, Instant};
 use common::{Mounted, Prepared, files_below, is_gone, kill, mount_with, signal, wait_until};
 use rustix::process::Signal;
 
+/// Kills under 13 readers; `CVMFS_TEST_KILLS` asks for more, `CVMFS_TEST_SEED` chooses the moments.
+const KILLS: u64 = 15;
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().map(|value| value.parse().unwrap())
+}
+
 #[test]
 fn readers_survive_the_death_of_the_worker_without_an_error_or_a_wrong_byte() {
     let mounted = Mounted::new("chunked", "CVMFS_KCACHE_TIMEOUT=0");
@@ -28,7 +35,7 @@ fn readers_survive_the_death_of_the_worker_without_an_error_or_a_wrong_byte() {
     let longest = AtomicU64::new(0);
     let mut kills = 0;
     std::thread::scope(|scope| {
-        for reader in 0..4 {
+        for reader in 0..12 {
             let (paths, contents, stop, reads, longest) = (&paths, &contents, &stop, &reads, &longest);
             scope.spawn(move || {
                 let mut next = reader * 7;
@@ -54,16 +61,17 @@ fn readers_survive_the_death_of_the_worker_without_an_error_or_a_wrong_byte() {
                 std::thread::sleep(Duration::from_millis(1));
             }
         });
-        let end = Instant::now() + Duration::from_secs(8);
-        while Instant::now() < end {
-            std::thread::sleep(Duration::from_millis(300));
+        let mut random = number("CVMFS_TEST_SEED").unwrap_or(7) | 1;
+        for _ in 0..number("CVMFS_TEST_KILLS").unwrap_or(KILLS) {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            std::thread::sleep(Duration::from_millis((random >> 33) % 400));
             let before = mounted.status();
             kill(before["pid"].as_i64().unwrap());
             kills += 1;
             let again = Instant::now() + Duration::from_secs(20);
             // The status is answered by the successor as soon as it serves.
             while Instant::now() < again {
-                std::thread::sleep(Duration::from_millis(50));
+                std::thread::sleep(Duration::from_millis(20));
                 let now = mounted.status();
                 if now["pid"].is_number() && now["pid"] != before["pid"] {
                     break;
