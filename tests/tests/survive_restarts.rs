@@ -15,8 +15,7 @@ struct World {
     repository: Published,
     thin: String,
     normal: String,
-    // Needed by later pulls.
-    _registry: Registry,
+    registry: Registry,
 }
 
 fn world(fqrn: &str) -> World {
@@ -34,7 +33,7 @@ fn world(fqrn: &str) -> World {
     repository.convert(&normal, &["--output", &thin]).unwrap();
     let engine = ThinEngine::start().unwrap();
     engine.etc.add_published(&repository).unwrap();
-    World { engine, repository, thin, normal, _registry: registry }
+    World { engine, repository, thin, normal, registry }
 }
 
 impl World {
@@ -171,7 +170,7 @@ fn an_upgrade_of_the_plugin_keeps_images_containers_and_the_cache() {
     let next = directory.path().join("plugin");
     managed_plugin::assemble(&next, &testkit::binary("cvmfs-graphdriver")).unwrap();
     std::fs::write(next.join("rootfs/etc/next-version"), b"").unwrap();
-    let reference = world._registry.reference("graphdriver", "next");
+    let reference = world.registry.reference("graphdriver", "next");
     world.docker(&["plugin", "create", &reference, next.to_str().unwrap()]);
     world.docker(&["plugin", "push", &reference]);
     world.docker(&["plugin", "rm", &reference]);
@@ -180,6 +179,10 @@ fn an_upgrade_of_the_plugin_keeps_images_containers_and_the_cache() {
     world.docker(&["plugin", "disable", managed_plugin::NAME]);
     let upgrade = ["plugin", "upgrade", "--grant-all-permissions", "--skip-remote-check"];
     world.docker(&[&upgrade[..], &[managed_plugin::NAME, &reference]].concat());
+    // An upgrade forgets the settings.
+    let etc = format!("cvmfs_ext_config={}", world.engine.etc.path().display());
+    let minio = format!("minio_ext_config={}", world.engine.layer_service_config().display());
+    world.docker(&["plugin", "set", managed_plugin::NAME, &etc, &minio]);
     world.docker(&["plugin", "enable", managed_plugin::NAME]);
     let requests = world.repository.origin.requests().len();
     world.engine.dockerd.restart_with_driver(managed_plugin::NAME).unwrap();
