@@ -328,6 +328,21 @@ fn an_operator_sees_what_is_lazy_and_how_much_was_fetched() {
         "{text}"
     );
 
+    // None of the plugin's processes can do what it does not need.
+    let pids = testkit::managed_plugin::processes(docker);
+    assert!(pids.len() >= 4, "keeper, server, supervisor and worker: {pids:?}");
+    for pid in pids {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let field =
+            |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned();
+        let capabilities = u64::from_str_radix(&field("CapBnd:"), 16).unwrap();
+        // chown, dac_override, fowner, fsetid, kill, sys_admin, sys_resource, mknod, setfcap
+        let needed = [0, 1, 3, 4, 5, 21, 24, 27, 31].iter().fold(0_u64, |sum, bit| sum | 1 << bit);
+        assert_eq!(capabilities & !needed, 0, "{pid}: {capabilities:x}");
+        assert_eq!(u64::from_str_radix(&field("CapEff:"), 16).unwrap() & !needed, 0, "{pid}");
+        assert_eq!(field("NoNewPrivs:"), "1", "{pid}");
+    }
+
     let mut metrics = std::process::Command::new("curl");
     metrics.args(["-s", "--unix-socket", &socket, "http://plugin/metrics"]);
     let metrics =

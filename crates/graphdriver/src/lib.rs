@@ -23,6 +23,7 @@ pub mod layer_id;
 mod mounts;
 pub mod options;
 pub mod plugin;
+mod privileges;
 pub mod protocol;
 pub mod publishing;
 pub mod repositories;
