@@ -140,6 +140,47 @@ fn ask(
 }
 
 #[test]
+fn what_is_fetched_ahead_while_somebody_reads_it_is_fetched_once() {
+    // At once: a schedule in which a whole download comes between two steps of another thread is found soon.
+    let fetch = |object: &Arc<Object>, look_again: bool| -> BoxFuture<'static, Result<u32, &'static str>> {
+        let object = object.clone();
+        Box::pin(async move {
+            if !(look_again && object.look()) {
+                *object.is_kept.lock().unwrap() = true;
+                object.fetched.fetch_add(1, SeqCst);
+            }
+            Ok(7)
+        })
+    };
+    shuttle::check_pct(
+        move || {
+            let (flights, object, explorer) = (Flights::new(), Arc::<Object>::default(), Explorer::default());
+            let ahead = {
+                let (flights, object, explorer) = (flights.clone(), object.clone(), explorer.clone());
+                thread::spawn(move || {
+                    let looked = flights.moment();
+                    if !object.look() {
+                        flights.launch(&1, looked, &explorer, |look_again| fetch(&object, look_again));
+                    }
+                })
+            };
+            let looked = flights.moment();
+            if !object.look() {
+                let patience =
+                    Patience { deadline: Deadline::after(Duration::from_secs(1)), interrupt: None };
+                let start = |look_again| fetch(&object, look_again);
+                assert_eq!(flights.join(&1, looked, &explorer, patience, start), Ok(Ok(7)));
+            }
+            ahead.join().unwrap();
+            explorer.finish();
+            assert_eq!(object.fetched.load(SeqCst), 1);
+        },
+        SCHEDULES,
+        3,
+    );
+}
+
+#[test]
 fn row_25_one_download_serves_all_who_ask_in_any_order() {
     shuttle::check_random(
         || {

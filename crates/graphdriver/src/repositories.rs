@@ -76,7 +76,11 @@ pub enum RepositoryError {
         mountpoint: PathBuf,
     },
     /// The layer is not in the repository, not even in its newest revision.
-    #[error("layer {path} not in repository {fqrn}{}", at_revision(*revision))]
+    #[error(
+        "layer {path} not in repository {fqrn}{}: it was removed there, or has not reached the server in use; convert the \
+         image again, or try again when its revision has arrived",
+        at_revision(*revision)
+    )]
     LayerMissing {
         /// The repository.
         fqrn: Fqrn,

@@ -1,6 +1,7 @@
 //! Benchmarks, as ratios to the same work without CernVM-FS on the same machine at the same time.
 
 mod client;
+mod driver;
 mod publish;
 mod read;
 mod start;
@@ -14,13 +15,14 @@ use testkit::{interrupt, scratch, workspace_root};
 
 use crate::build;
 
-const NAMES: [&str; 4] = ["client", "publish", "read", "start"];
+const NAMES: [&str; 5] = ["client", "driver", "publish", "read", "start"];
 
 #[derive(Debug, clap::Args)]
 pub struct Options {
     /// Which: read (warm reads through overlayfs), start (docker run of a thin image),
     /// client (many small and some large files, cold to hot; memory), publish (archives of
-    /// small, large and many files; nothing new; check; memory); all if none is named
+    /// small, large and many files; nothing new; check; memory), driver (pull, run, commit and
+    /// twenty containers at once against overlay2); all if none is named
     names: Vec<String>,
     /// Print one JSON document instead of the table
     #[arg(long)]
@@ -125,6 +127,9 @@ fn measure(wanted: impl Fn(&str) -> bool) -> Result<Vec<Line>> {
     }
     if wanted("publish") {
         lines.extend(publish::measure()?);
+    }
+    if wanted("driver") {
+        lines.extend(driver::measure()?);
     }
     if wanted("start") {
         lines.extend(start::measure()?);

@@ -299,7 +299,10 @@ impl ChunkedHandle {
         let asked = self.asked(place);
         if is_sequential && self.store.kind(&asked.name).1 && !self.store.0.cache.is_read_only() {
             let key = (asked.file(), asked.certain_size());
-            self.store.0.objects.launch(&key, &self.store.0.fetcher, || self.store.download(&asked, true));
+            let objects = &self.store.0.objects;
+            // The work looks into the cache before it fetches.
+            objects
+                .launch(&key, objects.moment(), &self.store.0.fetcher, |_| self.store.download(&asked, true));
         }
     }
 
@@ -378,7 +381,8 @@ impl ChunkedHandle {
     fn launch(&self, chunk: usize) {
         let shared = &self.store.0;
         let key = (self.assembly.name.clone(), chunk);
-        shared.chunked.chunks.launch(&key, &shared.fetcher, || self.work(chunk));
+        let chunks = &shared.chunked.chunks;
+        chunks.launch(&key, chunks.moment(), &shared.fetcher, |_| self.work(chunk));
     }
 
     fn work(&self, chunk: usize) -> BoxFuture<'static, ChunkResult> {

@@ -105,15 +105,17 @@ where
         }
     }
 
-    /// Begins the work for `key` in the background unless it is under way.
+    /// Begins the work for `key` in the background unless it is under way. `start` is told as in [`Flights::join`].
     pub(super) fn launch(
         self: &Arc<Self>,
         key: &K,
+        looked: Moment,
         driver: &impl Driver,
-        work: impl FnOnce() -> BoxFuture<'static, V>,
+        start: impl FnOnce(bool) -> BoxFuture<'static, V>,
     ) {
-        if let Ok(flight) = self.board(key, self.moment()) {
-            driver.begin(Box::pin(flight.go_on(work(), driver.clone())));
+        if let Ok(flight) = self.board(key, looked) {
+            let work = start(!flight.is_first);
+            driver.begin(Box::pin(flight.go_on(work, driver.clone())));
         }
     }
 

@@ -261,14 +261,15 @@ impl ObjectStore {
     /// Begins to fetch the object in the background, for whoever asks for it later; false if it is in the cache. What
     /// fails is forgotten: a reader asks anew and gets the error.
     pub fn fetch_ahead(&self, asked: &Asked<'_>) -> bool {
+        let looked = self.0.objects.moment();
         if self.is_cached(&asked.name, asked.compression, asked.size) {
             return false;
         }
         let Ok(fetcher) = self.fetcher_of(asked) else { return false };
         self.0.fetched_ahead.fetch_add(1, Ordering::Relaxed);
         let key = (asked.file(), asked.certain_size());
-        self.0.objects.launch(&key, fetcher, || {
-            let (work, room) = (self.download(asked, false), Arc::clone(&self.0.ahead));
+        self.0.objects.launch(&key, looked, fetcher, |look_again| {
+            let (work, room) = (self.download(asked, look_again), Arc::clone(&self.0.ahead));
             Box::pin(async move {
                 // The semaphore is never closed.
                 let _permit = room.acquire().await;

@@ -252,3 +252,25 @@ fn archive_of(expected: &mut model::Model, steps: &[Step]) -> Vec<u8> {
     }
     tar.finish()
 }
+
+#[test]
+fn objects_are_for_everybody_whatever_the_umask() {
+    use std::os::unix::fs::PermissionsExt;
+    let repository = Repository::create(&[]);
+    let archive = repository.storage.join("../archive.tar");
+    std::fs::write(&archive, Tar::default().file("f", &noise(5000, 1)).finish()).unwrap();
+    let ingest = repository.command("ingest", &["--base", "/a", "--tar", archive.to_str().unwrap()]);
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", "umask 077; exec \"$0\" \"$@\""]).arg(ingest.get_program()).args(ingest.get_args());
+    crate::support::expect_success(shell.output().unwrap());
+    let mut objects = 0;
+    repository
+        .open_storage()
+        .list_objects(&mut |object| {
+            let mode = std::fs::metadata(repository.storage.join(&object.path)).unwrap().permissions().mode();
+            assert_eq!(mode & 0o7777, 0o644, "{}", object.path);
+            objects += 1;
+        })
+        .unwrap();
+    assert!(objects >= 3);
+}
