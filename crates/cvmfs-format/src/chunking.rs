@@ -68,19 +68,51 @@ impl ChunkDetector {
         let mut position =
             usize::try_from(quiet.saturating_sub(self.size)).unwrap_or(usize::MAX).min(data.len());
         self.size += position as u64;
+        if self.size >= self.sizes.min {
+            position += self.skip_blocks(data.get(position..).unwrap_or_default());
+        }
+        // At a hit there is a block less to look at than at the start of one, so this loop is short but at the window's
+        // beginning and at the end of `data`.
         while let Some(&byte) = data.get(position) {
             if self.size == self.sizes.max {
                 return Some(self.cut(position));
             }
             self.checksum = (self.checksum << 1) ^ u32::from(byte);
             // The byte at the boundary has been fed to the old chunk's checksum and belongs to the new chunk.
-            if self.size >= self.sizes.min && self.hits() {
+            if self.size >= self.sizes.min && self.hits(self.checksum) {
                 return Some(self.cut(position));
             }
             self.size += 1;
             position += 1;
+            if self.size == self.sizes.min {
+                position += self.skip_blocks(data.get(position..).unwrap_or_default());
+            }
         }
         None
+    }
+
+    /// Takes whole blocks without a boundary, and returns their length. The checksum after each byte of a block is that
+    /// before the block, shifted, and the block's own: so the bytes of a block need not wait for each other, and nor do
+    /// the blocks' own checksums.
+    fn skip_blocks(&mut self, data: &[u8]) -> usize {
+        const BLOCK: usize = 8;
+        let room = usize::try_from(self.sizes.max - self.size).unwrap_or(usize::MAX);
+        let mut taken = 0;
+        for block in data.get(..room).unwrap_or(data).chunks_exact(BLOCK) {
+            let mut own = 0_u32;
+            let mut any = false;
+            for (index, byte) in block.iter().enumerate() {
+                own = (own << 1) ^ u32::from(*byte);
+                any |= self.hits((self.checksum << (index + 1)) ^ own);
+            }
+            if any {
+                break;
+            }
+            self.checksum = (self.checksum << BLOCK) ^ own;
+            taken += BLOCK;
+        }
+        self.size += taken as u64;
+        taken
     }
 
     /// Bytes of the current chunk so far.
@@ -89,8 +121,8 @@ impl ChunkDetector {
     }
 
     /// Wrapping arithmetic on 32 bits is part of the rule: it makes 0xffffffff a hit.
-    fn hits(&self) -> bool {
-        (self.checksum as i32).wrapping_sub(MAGIC).wrapping_abs() < self.threshold
+    fn hits(&self, checksum: u32) -> bool {
+        (checksum as i32).wrapping_sub(MAGIC).wrapping_abs() < self.threshold
     }
 
     fn cut(&mut self, position: usize) -> usize {
