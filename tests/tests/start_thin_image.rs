@@ -244,7 +244,8 @@ fn with_a_user_namespace_normal_and_thin_images_show_the_same_owners_and_work_al
     let docker = &engine.dockerd;
     // The engine keeps the directories of plugins to itself; root of the namespace must come through them.
     let id = docker.docker(&["plugin", "inspect", "--format", "{{.ID}}", NAME]).unwrap();
-    let plugins = docker.data_root().join("100000.100000/plugins");
+    let root = docker.docker(&["info", "--format", "{{.DockerRootDir}}"]).unwrap();
+    let plugins = std::path::Path::new(&root).join("plugins");
     for closed in [plugins.clone(), plugins.join(&id), plugins.join(&id).join("propagated-mount")] {
         use std::os::unix::fs::PermissionsExt;
         let mode = std::fs::metadata(&closed).unwrap().permissions().mode();
@@ -343,10 +344,15 @@ fn an_operator_sees_what_is_lazy_and_how_much_was_fetched() {
         assert_eq!(field("NoNewPrivs:"), "1", "{pid}");
     }
 
-    let mut metrics = std::process::Command::new("curl");
-    metrics.args(["-s", "--unix-socket", &socket, "http://plugin/metrics"]);
-    let metrics =
-        testkit::process::run(metrics, std::time::Duration::from_secs(10)).unwrap().success().unwrap();
+    let metrics = {
+        use std::io::{Read as _, Write as _};
+        let mut stream = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+        stream.set_read_timeout(Some(std::time::Duration::from_secs(10))).unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: plugin\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
     for line in [
         "cvmfs_graphdriver_mounted_layers{kind=\"container\",lazy=\"all\"} 1",
         "cvmfs_graphdriver_repository_up{fqrn=\"operator.example.org\"} 1",

@@ -358,7 +358,7 @@ fn row_94_a_lock_of_another_machine_is_waited_for_while_it_is_renewed_and_taken_
     let started = Instant::now();
     let waiting = bucket.start("/mine", &["--lock-wait", "120"]);
     // Its holder lives for longer than a lock that is not renewed would be respected.
-    let holder_lives = Duration::from_secs(12);
+    let holder_lives = Duration::from_secs(8);
     let mut number = 0;
     while started.elapsed() < holder_lives {
         std::thread::sleep(Duration::from_secs(4));
