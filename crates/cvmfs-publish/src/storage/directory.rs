@@ -33,6 +33,7 @@ const KNOWN: &str = "publish.known";
 const LOCK_POLL: Duration = Duration::from_millis(50);
 /// Objects are for everybody: web servers run under another user.
 const FILE_MODE: u32 = 0o644;
+const DIRECTORY_MODE: u32 = 0o755;
 /// The lock file names its holder in a short line; anything longer is not ours.
 const MAX_HOLDER: u64 = 256;
 
@@ -70,6 +71,7 @@ impl Directory {
     pub fn create(root: impl AsRef<Path>) -> Result<Directory, StorageError> {
         let root = root.as_ref();
         make_directory(root)?;
+        make_directory(&root.join("data"))?;
         for byte in 0..=255u8 {
             make_directory(&root.join(format!("data/{byte:02x}")))?;
         }
@@ -390,8 +392,24 @@ fn umask() -> Option<u32> {
     u32::from_str_radix(line.trim(), 8).ok()
 }
 
+/// Makes a directory that everybody can enter, whatever the umask; one that exists stays as it is.
 fn make_directory(path: &Path) -> Result<(), StorageError> {
-    fs::create_dir_all(path).map_err(at("create", path))
+    let make = || {
+        if path.is_dir() {
+            return Ok(());
+        }
+        fs::create_dir_all(path)?;
+        open_to_everybody(path)
+    };
+    make().map_err(at("create", path))
+}
+
+/// Gives a new directory what the umask took. Some file systems know no modes, and refuse to change them.
+fn open_to_everybody(directory: &Path) -> io::Result<()> {
+    if umask().is_some_and(|umask| umask & DIRECTORY_MODE == 0) {
+        return Ok(());
+    }
+    fs::set_permissions(directory, fs::Permissions::from_mode(DIRECTORY_MODE))
 }
 
 fn rename_making_parent(from: &Path, to: &Path) -> io::Result<()> {
@@ -399,6 +417,7 @@ fn rename_making_parent(from: &Path, to: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             if let Some(parent) = to.parent() {
                 fs::create_dir_all(parent)?;
+                open_to_everybody(parent)?;
             }
             fs::rename(from, to)
         }

@@ -254,15 +254,32 @@ fn archive_of(expected: &mut model::Model, steps: &[Step]) -> Vec<u8> {
 }
 
 #[test]
-fn objects_are_for_everybody_whatever_the_umask() {
+fn what_is_stored_is_for_everybody_whatever_the_umask() {
     use std::os::unix::fs::PermissionsExt;
-    let repository = Repository::create(&[]);
-    let archive = repository.storage.join("../archive.tar");
+    let directory = tempfile::tempdir().unwrap();
+    let place = |name: &str| directory.path().join(name);
+    let repository = Repository::at("test.example.org", &place("storage"), &place("keys"));
+    let archive = place("archive.tar");
     std::fs::write(&archive, Tar::default().file("f", &noise(5000, 1)).finish()).unwrap();
-    let ingest = repository.command("ingest", &["--base", "/a", "--tar", archive.to_str().unwrap()]);
-    let mut shell = std::process::Command::new("sh");
-    shell.args(["-c", "umask 077; exec \"$0\" \"$@\""]).arg(ingest.get_program()).args(ingest.get_args());
-    crate::support::expect_success(shell.output().unwrap());
+    let under_umask = |verb: &str, options: &[&str]| {
+        let command = repository.command(verb, options);
+        let mut shell = Command::new("sh");
+        shell
+            .args(["-c", "umask 077; exec \"$0\" \"$@\""])
+            .arg(command.get_program())
+            .args(command.get_args());
+        expect_success(shell.output().unwrap());
+    };
+    under_umask("mkfs", &[]);
+    under_umask("ingest", &["--base", "/a", "--tar", archive.to_str().unwrap()]);
+    for served in ["", "data", "data/00", "data/ff"] {
+        let mode = std::fs::metadata(repository.storage.join(served)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o755, "directory {served:?}");
+    }
+    for served in [".cvmfspublished", ".cvmfswhitelist"] {
+        let mode = std::fs::metadata(repository.storage.join(served)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o644, "{served}");
+    }
     let mut objects = 0;
     repository
         .open_storage()
