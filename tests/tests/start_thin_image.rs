@@ -212,25 +212,19 @@ fn a_normal_image_is_the_same_as_on_overlay2() {
 #[test]
 fn with_a_user_namespace_normal_and_thin_images_show_the_same_owners_and_work_alike() {
     let world = World::new("userns.example.org");
-    let content = TarBuilder::new()
-        .directory("srv", 0o755)
-        .owner(1000, 2000)
-        .file("srv/of-a-user", 0o600, b"private")
-        .owner(0, 0)
-        .file("srv/of-root", 0o600, b"secret")
-        .file("srv/set-user-id", 0o4755, b"#!/bin/sh\n")
-        .owner(70_000, 70_001)
-        .file("srv/outside", 0o644, b"x");
+    let inside = || {
+        TarBuilder::new()
+            .directory("srv", 0o755)
+            .owner(1000, 2000)
+            .file("srv/of-a-user", 0o600, b"private")
+            .owner(0, 0)
+            .file("srv/of-root", 0o600, b"secret")
+            .file("srv/set-user-id", 0o4755, b"#!/bin/sh\n")
+    };
     // An owner outside of the namespace is refused by the engine for normal images.
-    let inside = TarBuilder::new()
-        .directory("srv", 0o755)
-        .owner(1000, 2000)
-        .file("srv/of-a-user", 0o600, b"private")
-        .owner(0, 0)
-        .file("srv/of-root", 0o600, b"secret")
-        .file("srv/set-user-id", 0o4755, b"#!/bin/sh\n");
+    let content = inside().owner(70_000, 70_001).file("srv/outside", 0o644, b"x");
     let busybox = busybox_layer().unwrap().finish();
-    world.registry.push("inside", "1", &Image::new([busybox.clone(), inside.finish()])).unwrap();
+    world.registry.push("inside", "1", &Image::new([busybox.clone(), inside().finish()])).unwrap();
     world.registry.push("outside", "1", &Image::new([busybox, content.finish()])).unwrap();
     let thin = |name: &str| {
         let thin = world.registry.reference(&format!("thin/{name}"), "1");

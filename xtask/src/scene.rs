@@ -286,3 +286,31 @@ pub fn thin_engine() -> Result<ThinEngine> {
     ensure!(binary.is_file(), "{} has not been built", binary.display());
     ThinEngine::start_with(&binary)
 }
+
+/// An image in a registry, as it is and thin, with an engine for each way to run it.
+#[derive(Debug)]
+pub struct Engines {
+    // The order of the fields is the order of their end.
+    /// On the plugin, which knows the repository.
+    pub engine: ThinEngine,
+    /// On overlay2.
+    pub plain: Dockerd,
+    _repository: Repository,
+    pub source: Source,
+}
+
+impl Engines {
+    /// Makes the image, pushes and publishes it, and starts both engines. Installs what is missing.
+    pub fn start(steps: &mut Steps, what: &str, image: impl FnOnce() -> Result<Image>) -> Result<Self> {
+        steps.step("install what is missing", || testkit::install(&PACKAGES))?;
+        let source = Source::start()?;
+        let image = steps.step(what, image)?;
+        steps.step("push it to a registry", || source.registry.push("demo/image", "1", &image))?;
+        let repository = Repository::create()?;
+        steps.step("publish the layers", || repository.convert(&source.normal, &source.thin))?;
+        let plain = Dockerd::builder().start()?;
+        let engine = steps.step("start an engine on the plugin", thin_engine)?;
+        repository.configure(&engine)?;
+        Ok(Self { engine, plain, _repository: repository, source })
+    }
+}

@@ -68,12 +68,11 @@ impl ChunkDetector {
         let mut position =
             usize::try_from(quiet.saturating_sub(self.size)).unwrap_or(usize::MAX).min(data.len());
         self.size += position as u64;
-        if self.size >= self.sizes.min {
-            position += self.skip_blocks(data.get(position..).unwrap_or_default());
-        }
-        // At a hit there is a block less to look at than at the start of one, so this loop is short but at the window's
-        // beginning and at the end of `data`.
-        while let Some(&byte) = data.get(position) {
+        loop {
+            if self.size >= self.sizes.min {
+                position += self.skip_blocks(data.get(position..).unwrap_or_default());
+            }
+            let byte = *data.get(position)?;
             if self.size == self.sizes.max {
                 return Some(self.cut(position));
             }
@@ -84,11 +83,7 @@ impl ChunkDetector {
             }
             self.size += 1;
             position += 1;
-            if self.size == self.sizes.min {
-                position += self.skip_blocks(data.get(position..).unwrap_or_default());
-            }
         }
-        None
     }
 
     /// Takes whole blocks without a boundary, and returns their length. The checksum after each byte of a block is that

@@ -12,7 +12,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 
-pub use exposition::{CONTENT_TYPE, render};
+pub use exposition::{CONTENT_TYPE, escaped, head, render};
 pub use influx::{Influx, InfluxHost};
 
 pub(crate) use influx::Telemetry;

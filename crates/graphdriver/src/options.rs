@@ -113,7 +113,7 @@ pub enum OptionError {
     #[error(
         "storage option {0} has no effect with cvmfsMountMethod=external: the host's client has its own settings"
     )]
-    NeedsInternal(&'static str),
+    NeedsInternal(String),
     /// A limit on the size of a container's layer.
     #[error(
         "storage option {0}: limits on the size of a layer are not supported by this driver (they need project \
@@ -130,10 +130,15 @@ impl DriverOptions {
     /// The first option that is unknown or has a bad value.
     pub fn parse(options: &[String]) -> Result<Self, OptionError> {
         let mut parsed = Self::default();
+        let mut about_client = None;
         for option in options {
             let (key, value) = option.split_once('=').ok_or_else(|| OptionError::NoValue(option.clone()))?;
             let (key, value) = (key.trim(), value.trim());
-            match key.to_ascii_lowercase().as_str() {
+            let lower = key.to_ascii_lowercase();
+            if lower.starts_with("cvmfs.") {
+                about_client.get_or_insert(lower.clone());
+            }
+            match lower.as_str() {
                 "cvmfsmountmethod" => parsed.mount_method = value.parse()?,
                 "cvmfscommitfallback" => parsed.commit_fallback = value.parse()?,
                 "cvmfscommittimeout" => {
@@ -149,18 +154,19 @@ impl DriverOptions {
                 _ => return Err(OptionError::Unknown(key.to_owned())),
             }
         }
-        let own = parsed.client;
-        let set = [
-            ("cvmfs.quota", own.quota.is_some()),
-            ("cvmfs.deadline", own.deadline.is_some()),
-            ("cvmfs.timeout", own.timeout.is_some()),
-            ("cvmfs.profile", own.profile.is_some()),
-        ];
-        match set.iter().find(|(_, is_set)| *is_set) {
-            Some((key, _)) if parsed.mount_method == MountMethod::External => {
-                Err(OptionError::NeedsInternal(key))
-            }
+        match about_client {
+            Some(key) if parsed.mount_method == MountMethod::External => Err(OptionError::NeedsInternal(key)),
             _ => Ok(parsed),
+        }
+    }
+}
+
+impl MountMethod {
+    /// As the option has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Internal => "internal",
+            Self::External => "external",
         }
     }
 }

@@ -12,10 +12,10 @@ use anyhow::{Context as _, Result, ensure};
 use testkit::image::busybox_layer;
 use testkit::managed_plugin::NAME;
 use testkit::tar::TarBuilder;
-use testkit::{Dockerd, Image, ThinEngine, interrupt};
+use testkit::{Dockerd, Image, interrupt};
 
 use super::{Goal, Line};
-use crate::scene::{PACKAGES, Repository, Source, Steps, thin_engine, timed};
+use crate::scene::{Engines, Steps, timed};
 
 const STARTS: usize = 11;
 const PULLS: usize = 3;
@@ -29,19 +29,10 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 /// Measures; needs root.
 pub fn measure() -> Result<Vec<Line>> {
     let mut steps = Steps::default();
-    steps.step("install what is missing", || testkit::install(&PACKAGES))?;
-    let source = Source::start()?;
-    let image = steps.step("make an image of 40,000 files", image)?;
-    steps.step("push it to a registry", || source.registry.push("demo/image", "1", &image))?;
-    let repository = Repository::create()?;
-    steps.step("publish the layers", || repository.convert(&source.normal, &source.thin))?;
-    let plain = Dockerd::builder().start()?;
-    let engine = steps.step("start an engine on the plugin", thin_engine)?;
-    repository.configure(&engine)?;
-    let world = World { plain, engine, normal: source.normal.clone(), thin: source.thin.clone() };
+    let world = World(Engines::start(&mut steps, "make an image of 40,000 files", image)?);
     let mut lines = vec![world.pull()?];
     // The thin image is pulled, and its repository mounted.
-    world.engine.dockerd.run(&[&world.thin, "/bin/true"])?;
+    world.0.engine.dockerd.run(&[&world.0.source.thin, "/bin/true"])?;
     lines.extend(world.start()?);
     lines.push(world.start_many()?);
     lines.push(world.commit()?);
@@ -49,12 +40,7 @@ pub fn measure() -> Result<Vec<Line>> {
     Ok(lines)
 }
 
-struct World {
-    plain: Dockerd,
-    engine: ThinEngine,
-    normal: String,
-    thin: String,
-}
+struct World(Engines);
 
 impl World {
     /// `docker pull` of the normal image, which is removed again on both engines.
@@ -62,12 +48,12 @@ impl World {
         let mut rounds = Vec::new();
         for round in 0..PULLS {
             interrupt::check()?;
-            let native = timed(&self.plain, &["pull", "-q", &self.normal])?.1;
-            let ours = timed(&self.engine.dockerd, &["pull", "-q", &self.normal])?.1;
+            let native = timed(&self.0.plain, &["pull", "-q", &self.0.source.normal])?.1;
+            let ours = timed(&self.0.engine.dockerd, &["pull", "-q", &self.0.source.normal])?.1;
             rounds.push((native, ours));
             if round + 1 < PULLS {
-                self.plain.docker(&["rmi", &self.normal])?;
-                self.engine.dockerd.docker(&["rmi", &self.normal])?;
+                self.0.plain.docker(&["rmi", &self.0.source.normal])?;
+                self.0.engine.dockerd.docker(&["rmi", &self.0.source.normal])?;
             }
         }
         Ok(Line::new("docker pull, 40,000 files", "s", Goal::AtMost(1.1), &rounds))
@@ -79,13 +65,13 @@ impl World {
             let arguments = ["run", "--rm", "--network=host", image, "/bin/cat", "/data/d000/f000000"];
             Ok(timed(engine, &arguments)?.1)
         };
-        run(&self.plain, &self.normal)?;
+        run(&self.0.plain, &self.0.source.normal)?;
         let (mut normal, mut thin) = (Vec::new(), Vec::new());
         for _ in 0..STARTS {
             interrupt::check()?;
-            let native = run(&self.plain, &self.normal)?;
-            normal.push((native, run(&self.engine.dockerd, &self.normal)?));
-            thin.push((native, run(&self.engine.dockerd, &self.thin)?));
+            let native = run(&self.0.plain, &self.0.source.normal)?;
+            normal.push((native, run(&self.0.engine.dockerd, &self.0.source.normal)?));
+            thin.push((native, run(&self.0.engine.dockerd, &self.0.source.thin)?));
         }
         Ok([
             Line::new("docker run, normal image, warm", "s", Goal::AtMost(1.1), &normal),
@@ -110,7 +96,10 @@ impl World {
         let mut rounds = Vec::new();
         for _ in 0..BURSTS {
             interrupt::check()?;
-            rounds.push((burst(&self.plain, &self.normal)?, burst(&self.engine.dockerd, &self.thin)?));
+            rounds.push((
+                burst(&self.0.plain, &self.0.source.normal)?,
+                burst(&self.0.engine.dockerd, &self.0.source.thin)?,
+            ));
         }
         Ok(Line::new("20 containers at once, thin, warm", "s", Goal::AtMost(1.2), &rounds))
     }
@@ -124,7 +113,7 @@ impl World {
                 "--network=host",
                 "--name",
                 "change",
-                &self.normal,
+                &self.0.source.normal,
                 "/bin/sh",
                 "-c",
                 write,
@@ -137,15 +126,15 @@ impl World {
         let mut rounds = Vec::new();
         for _ in 0..COMMITS {
             interrupt::check()?;
-            rounds.push((commit(&self.plain)?, commit(&self.engine.dockerd)?));
+            rounds.push((commit(&self.0.plain)?, commit(&self.0.engine.dockerd)?));
         }
         Ok(Line::new("docker commit of 64 MiB", "s", Goal::AtMost(1.1), &rounds))
     }
 
     /// The call that mounts a container's tree, its repository being mounted.
     fn get(&self) -> Result<Line> {
-        let docker = &self.engine.dockerd;
-        docker.docker(&["create", "--name", "idle", &self.thin, "/bin/true"])?;
+        let docker = &self.0.engine.dockerd;
+        docker.docker(&["create", "--name", "idle", &self.0.source.thin, "/bin/true"])?;
         let merged = docker.docker(&["inspect", "--format", "{{.GraphDriver.Data.MergedDir}}", "idle"])?;
         let id = Path::new(&merged).parent().and_then(Path::file_name).context("no id in MergedDir")?;
         let id = id.to_str().context("an id is no text")?.to_owned();

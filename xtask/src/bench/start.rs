@@ -1,28 +1,19 @@
 //! `docker run` of the demo's image: thin on the plugin against normal on overlay2, both warm.
 
 use anyhow::{Result, ensure};
-use testkit::Dockerd;
 
 use super::{Goal, Line};
-use crate::scene::{PACKAGES, Repository, Source, Steps, Subject, debian_image, thin_engine, timed};
+use crate::scene::{Engines, Steps, Subject, debian_image, timed};
 
 const ROUNDS: usize = 9;
 
 /// Measures; needs root.
 pub fn measure() -> Result<Vec<Line>> {
     let mut steps = Steps::default();
-    steps.step("install what is missing", || testkit::install(&PACKAGES))?;
     let subject = Subject::debian_python();
-    let source = Source::start()?;
-    let image = steps.step("make a Debian root file system with Python", debian_image)?;
-    steps.step("push it to a registry", || source.registry.push("demo/image", "1", &image))?;
-    let repository = Repository::create()?;
-    steps.step("publish the layers", || repository.convert(&source.normal, &source.thin))?;
-    let plain = Dockerd::builder().start()?;
-    let engine = steps.step("start an engine on the plugin", thin_engine)?;
-    repository.configure(&engine)?;
-
-    let normal = || timed(&plain, &subject.start_arguments(&source.normal));
+    let what = "make a Debian root file system with Python";
+    let Engines { source, plain, engine, .. } = &Engines::start(&mut steps, what, debian_image)?;
+    let normal = || timed(plain, &subject.start_arguments(&source.normal));
     let thin = || timed(&engine.dockerd, &subject.start_arguments(&source.thin));
     let (one, other) = steps.step("start both once", || Ok((normal()?, thin()?)))?;
     ensure!(one.0 == other.0, "the containers printed different things");

@@ -199,7 +199,8 @@ fn durations(text: &mut String, mounts: &[(String, &Status)]) {
     }
 }
 
-fn head(text: &mut String, name: &str, kind: &str, help: &str) {
+/// Begins a family of samples.
+pub fn head(text: &mut String, name: &str, kind: &str, help: &str) {
     let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
 }
 
@@ -207,7 +208,8 @@ fn mount_labels(fqrn: &str, mountpoint: &std::path::Path) -> String {
     format!("fqrn=\"{}\",mountpoint=\"{}\"", escaped(fqrn), escaped(&mountpoint.to_string_lossy()))
 }
 
-fn escaped(value: &str) -> String {
+/// A label's value as it stands between quotes.
+pub fn escaped(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 

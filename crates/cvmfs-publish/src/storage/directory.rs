@@ -44,8 +44,6 @@ pub struct Directory {
     scratch: PathBuf,
     next_temporary: AtomicU64,
     writeback: Writeback,
-    /// Whether the umask takes nothing from the mode of objects, which then need not be told theirs.
-    exact_modes: bool,
     known: OnceLock<Option<Known>>,
 }
 
@@ -61,7 +59,6 @@ impl Directory {
             scratch: root.join(SCRATCH),
             next_temporary: AtomicU64::new(0),
             writeback: Writeback::of(root).map_err(at("open", root))?,
-            exact_modes: umask().is_some_and(|umask| umask & FILE_MODE == 0),
             known: OnceLock::new(),
         };
         Ok(storage)
@@ -125,7 +122,7 @@ impl Directory {
             other => other,
         }
         .map_err(at("create", path))?;
-        if !self.exact_modes {
+        if umask_takes(FILE_MODE) {
             file.set_permissions(fs::Permissions::from_mode(FILE_MODE)).map_err(at("write", path))?;
         }
         file.write_all(content).map_err(at("write", path))?;
@@ -385,11 +382,16 @@ fn is_same_file(file: &File, path: &Path) -> bool {
     }
 }
 
-/// Of this process; asking the kernel for it any other way would change it for a moment.
-fn umask() -> Option<u32> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("Umask:"))?;
-    u32::from_str_radix(line.trim(), 8).ok()
+/// Whether something new with this mode must be given it once more, because of the umask of this process. Asking the
+/// kernel for that any other way would change it for a moment.
+fn umask_takes(mode: u32) -> bool {
+    static UMASK: OnceLock<Option<u32>> = OnceLock::new();
+    let read = || {
+        let status = fs::read_to_string("/proc/self/status").ok()?;
+        let line = status.lines().find_map(|line| line.strip_prefix("Umask:"))?;
+        u32::from_str_radix(line.trim(), 8).ok()
+    };
+    UMASK.get_or_init(read).is_none_or(|umask| umask & mode != 0)
 }
 
 /// Makes a directory that everybody can enter, whatever the umask; one that exists stays as it is.
@@ -406,10 +408,10 @@ fn make_directory(path: &Path) -> Result<(), StorageError> {
 
 /// Gives a new directory what the umask took. Some file systems know no modes, and refuse to change them.
 fn open_to_everybody(directory: &Path) -> io::Result<()> {
-    if umask().is_some_and(|umask| umask & DIRECTORY_MODE == 0) {
-        return Ok(());
+    if umask_takes(DIRECTORY_MODE) {
+        fs::set_permissions(directory, fs::Permissions::from_mode(DIRECTORY_MODE))?;
     }
-    fs::set_permissions(directory, fs::Permissions::from_mode(DIRECTORY_MODE))
+    Ok(())
 }
 
 fn rename_making_parent(from: &Path, to: &Path) -> io::Result<()> {

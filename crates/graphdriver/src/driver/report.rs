@@ -8,7 +8,6 @@ use thin_image::Location;
 
 use super::Driver;
 use crate::layer_id::LayerId;
-use crate::options::MountMethod;
 use crate::repositories::RepositoryStatus;
 use crate::store::{Lower, StoreError};
 
@@ -103,11 +102,7 @@ impl Driver {
         let mut report = Report {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             home: self.store.home().display().to_string(),
-            mount_method: match self.options.mount_method {
-                MountMethod::Internal => "internal",
-                MountMethod::External => "external",
-            }
-            .to_owned(),
+            mount_method: self.options.mount_method.name().to_owned(),
             repositories: statuses.iter().map(|status| self.repository_report(status)).collect(),
             ..Report::default()
         };

@@ -14,13 +14,7 @@ impl Driver {
             row("Supports d_type", "true"),
             row("Native Overlay Diff", "true"),
             row("CernVM-FS client", concat!("cvmfs-graphdriver ", env!("CARGO_PKG_VERSION"))),
-            row(
-                "CernVM-FS mount method",
-                match self.options.mount_method {
-                    MountMethod::Internal => "internal",
-                    MountMethod::External => "external",
-                },
-            ),
+            row("CernVM-FS mount method", self.options.mount_method.name()),
         ];
         let commits = match self.publishing.config() {
             Ok(Some(config)) => format!("by way of {} into {}", config.place(), config.repository),

@@ -83,7 +83,7 @@ async fn question(plugin: Arc<Plugin>, path: &str) -> Result<Answer, CallError> 
             let counters = Arc::clone(&plugin);
             let text = operator::metrics(&report(plugin).await?, counters.calls());
             let mut answer = whole(text.into_bytes());
-            let kind = header::HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+            let kind = header::HeaderValue::from_static(cvmfs_fuse::metrics::CONTENT_TYPE);
             answer.headers_mut().insert(header::CONTENT_TYPE, kind);
             Ok(answer)
         }

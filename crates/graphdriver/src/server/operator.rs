@@ -5,7 +5,9 @@ use std::fmt::Write as _;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::driver::report::{Lazy, Report};
+use cvmfs_fuse::metrics::{escaped, head};
+
+use crate::driver::report::{Lazy, Report, RepositoryReport};
 
 /// Calls of the protocol that are counted by name; all others together.
 const CALLS: [&str; 16] = [
@@ -58,14 +60,14 @@ pub(super) fn metrics(report: &Report, calls: &CallCounters) -> String {
         if values.is_empty() {
             return;
         }
-        // Writing to a string cannot fail.
-        let _ =
-            writeln!(text, "# HELP cvmfs_graphdriver_{name} {help}\n# TYPE cvmfs_graphdriver_{name} {kind}");
+        let name = format!("cvmfs_graphdriver_{name}");
+        head(&mut text, &name, kind, help);
         for (labels, value) in values {
-            let _ = writeln!(text, "cvmfs_graphdriver_{name}{labels} {value}");
+            // Writing to a string cannot fail.
+            let _ = writeln!(text, "{name}{labels} {value}");
         }
     };
-    let build = vec![(format!("{{version={:?}}}", report.version), 1.0)];
+    let build = vec![(labelled("version", &report.version), 1.0)];
     family("info", "gauge", "Version of the plugin.", &build);
     let count = |kind: &str, lazy: Lazy, mounted: Option<bool>| {
         let layers = report.layers.iter().filter(|layer| layer.kind == kind && layer.lazy == lazy);
@@ -93,12 +95,10 @@ pub(super) fn metrics(report: &Report, calls: &CallCounters) -> String {
         "Layers of normal images.",
         &[(String::new(), report.ordinary_layers as f64)],
     );
-    let of_repositories = |value: &dyn Fn(&crate::driver::report::RepositoryReport) -> Option<f64>| {
-        let labelled = report
-            .repositories
-            .iter()
-            .filter_map(|repository| Some((format!("{{fqrn={:?}}}", repository.fqrn), value(repository)?)));
-        labelled.collect::<Vec<_>>()
+    let of_repositories = |value: &dyn Fn(&RepositoryReport) -> Option<f64>| {
+        let repositories = report.repositories.iter();
+        let samples = repositories.filter_map(|r| Some((labelled("fqrn", &r.fqrn), value(r)?)));
+        samples.collect::<Vec<_>>()
     };
     let number = |value: Option<u64>| value.map(|value| value as f64);
     let switch = |value: Option<bool>| value.map(|value| f64::from(u8::from(value)));
@@ -153,10 +153,14 @@ pub(super) fn metrics(report: &Report, calls: &CallCounters) -> String {
     );
     let counted = calls.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
     let of_calls = |value: &dyn Fn(&Calls) -> f64| {
-        counted.iter().map(|(name, calls)| (format!("{{call={name:?}}}"), value(calls))).collect::<Vec<_>>()
+        counted.iter().map(|(name, calls)| (labelled("call", name), value(calls))).collect::<Vec<_>>()
     };
     family("calls_total", "counter", "Calls of the engine.", &of_calls(&|calls| calls.answered as f64));
     family("failed_calls_total", "counter", "Those that failed.", &of_calls(&|calls| calls.failed as f64));
     family("call_seconds_total", "counter", "Time that they took.", &of_calls(&|calls| calls.seconds));
     text
+}
+
+fn labelled(name: &str, value: &str) -> String {
+    format!("{{{name}=\"{}\"}}", escaped(value))
 }
