@@ -26,6 +26,8 @@ mod published;
 mod spool;
 pub mod thin;
 
-pub use convert::{Conversion, ConvertRequest, LayerReport, LayerState, Output, Report};
+pub use convert::{
+    Conversion, ConvertRequest, ImageReport, LayerReport, LayerState, Layout, Output, PlatformChoice, Report,
+};
 pub use failure::{ConvertError, ExitStatus};
 pub use progress::Progress;

@@ -12,9 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use layer_tar::{EndOfArchive, LayerReader, Limits};
-use registry::{
-    Client, Descriptor, Digest, LayerError, LayerStream, MAX_LAYER_BYTES, Reference, RegistryError,
-};
+use registry::{Descriptor, Digest, LayerError, LayerStream, MAX_LAYER_BYTES, RegistryError, Source};
 
 use crate::failure::ConvertError;
 use crate::progress::Progress;
@@ -32,6 +30,8 @@ pub(crate) struct Wanted {
     pub(crate) blob: Descriptor,
     /// Digest of what it unpacks to.
     pub(crate) diff_id: Digest,
+    /// Its directory in the repository, an absolute path.
+    pub(crate) path: String,
 }
 
 /// A layer whose bytes are here and right.
@@ -61,25 +61,24 @@ pub(crate) fn directory(given: Option<&Path>) -> PathBuf {
 
 /// Downloads and checks layers, several at a time. The first failure ends the others.
 pub(crate) fn download(
-    client: &Client,
-    image: &Reference,
+    source: &Source,
     wanted: Vec<Wanted>,
     directory: &Path,
     progress: &Progress,
 ) -> Result<Vec<SpooledLayer>, ConvertError> {
-    let client = client.branch();
+    let source = source.branch();
     let next = AtomicUsize::new(0);
     let failure: Mutex<Option<ConvertError>> = Mutex::new(None);
     let done: Mutex<Vec<(usize, SpooledLayer)>> = Mutex::new(Vec::new());
     let work = || {
         while let Some((index, layer)) = take(&next, &wanted) {
-            match fetch(&client, image, layer, directory, progress) {
+            match fetch(&source, layer, directory, progress) {
                 Ok(spooled) => lock(&done).push((index, spooled)),
                 Err(error) => {
                     // What the cancellation causes elsewhere comes later and is not kept.
                     lock(&failure).get_or_insert(error);
                     next.store(wanted.len(), Ordering::Relaxed);
-                    client.canceller().cancel();
+                    source.cancel();
                 }
             }
         }
@@ -107,8 +106,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 fn fetch(
-    client: &Client,
-    image: &Reference,
+    source: &Source,
     wanted: &Wanted,
     directory: &Path,
     progress: &Progress,
@@ -118,7 +116,7 @@ fn fetch(
     let root_cause = RootCause::default();
     let meter = progress.layer(&wanted.blob);
     let blob = Tee {
-        blob: client.blob(image, &wanted.blob)?,
+        blob: source.layer(&wanted.blob)?,
         file: BufWriter::with_capacity(BUFFER_BYTES, file),
         root_cause: root_cause.clone(),
         meter: &meter,
@@ -126,9 +124,11 @@ fn fetch(
     let file = check(blob, wanted, &root_cause).map_err(|fault| match (root_cause.take(), fault) {
         (Some(Cause::Spool(cause)), _) => spool_error(cause),
         (Some(Cause::Registry(error)), _) => error.into(),
-        (Some(Cause::Layer(cause)), _) => {
-            RegistryError::Layer { object: format!("layer {} of {image}", wanted.blob.digest), cause }.into()
+        (Some(Cause::Layer(cause)), _) => RegistryError::Layer {
+            object: format!("layer {} of {}", wanted.blob.digest, source.name()),
+            cause,
         }
+        .into(),
         (None, Fault::Archive(cause)) => {
             ConvertError::Archive { digest: wanted.blob.digest.to_string(), cause }
         }

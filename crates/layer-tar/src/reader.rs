@@ -176,6 +176,12 @@ impl<R: Read> LayerReader<R> {
         Ok(Some(LayerEntry { path, kind, mode, uid, gid, mtime, xattrs, content }))
     }
 
+    /// Bytes of the archive before the next one that is handed out. Right after [`next_entry`](Self::next_entry)
+    /// that is the entry's content, so whoever can seek finds it again.
+    pub fn offset(&self) -> u64 {
+        self.stream.offset()
+    }
+
     /// The stream below. It has been read to its end if the last entry was asked for.
     pub fn into_inner(self) -> R {
         self.stream.into_inner()

@@ -9,19 +9,17 @@ use tokio::runtime::Runtime;
 
 use crate::auth::Access;
 use crate::blob::{self, BlobReader};
-use crate::config::{ImageConfig, MAX_CONFIG_BYTES};
 use crate::credentials::Credentials;
 use crate::digest::Digest;
 use crate::endpoint::Endpoint;
 use crate::error::RegistryError;
 use crate::http::{Deadlines, HttpClients, authority};
 use crate::manifest::{Descriptor, ImageManifest, MAX_MANIFEST_BYTES, Manifest};
-use crate::platform::{Platform, choose, offered};
+use crate::platform::Platform;
 use crate::reference::Reference;
+use crate::source::Source;
 use crate::transport::{Body, Call, Transport, network, refusal};
 
-/// An index may lead to another one; deeper nesting serves nobody.
-const MAX_INDEX_DEPTH: u32 = 3;
 /// Threads that move bytes and hash them; the readers' own threads come on top.
 const WORKER_THREADS: usize = 2;
 
@@ -83,6 +81,8 @@ pub struct Image {
     pub manifest_bytes: Vec<u8>,
     /// The manifest.
     pub manifest: ImageManifest,
+    /// What the image runs on, as far as an index that led to it states.
+    pub platform: Option<Platform>,
 }
 
 /// A way to make a [`Client`]'s waits end early.
@@ -120,6 +120,11 @@ impl Client {
         Self { transport: Arc::new(self.transport.branch()), ..self.clone() }
     }
 
+    /// Whether this client, or the one that it was branched off, was cancelled.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.transport.is_cancelled()
+    }
+
     /// A handle to cancel the work of this client from another thread.
     pub fn canceller(&self) -> Canceller {
         Canceller(self.transport.clone())
@@ -155,61 +160,9 @@ impl Client {
         Ok(FetchedManifest { digest, content_type, bytes, manifest })
     }
 
-    /// The image behind a reference for a platform. An index is resolved; an image that
-    /// stands alone is taken whatever it was built for, because only its configuration
-    /// knows.
-    ///
-    /// # Errors
-    /// Those of [`manifest`](Self::manifest), and [`RegistryError::NoPlatform`].
-    pub fn image(&self, reference: &Reference, platform: &Platform) -> Result<Image, RegistryError> {
-        let mut reference = reference.clone();
-        for _ in 0..=MAX_INDEX_DEPTH {
-            let fetched = self.manifest(&reference)?;
-            match fetched.manifest {
-                Manifest::Image(manifest) => {
-                    return Ok(Image { digest: fetched.digest, manifest_bytes: fetched.bytes, manifest });
-                }
-                Manifest::Index(entries) => {
-                    let chosen = choose(&entries, platform).ok_or_else(|| RegistryError::NoPlatform {
-                        object: reference.to_string(),
-                        wanted: platform.to_string(),
-                        offered: offered(&entries),
-                    })?;
-                    reference = reference.at(&chosen.descriptor.digest);
-                }
-            }
-        }
-        let reason = "nests indexes too deeply".to_owned();
-        Err(RegistryError::Configuration { object: reference.to_string(), reason })
-    }
-
-    /// The configuration of an image, verified, byte for byte and parsed.
-    ///
-    /// # Errors
-    /// Network, not found, wrong digest, or a document that is no configuration.
-    pub fn config(
-        &self,
-        reference: &Reference,
-        manifest: &ImageManifest,
-    ) -> Result<(Vec<u8>, ImageConfig), RegistryError> {
-        use std::io::Read as _;
-        let object = format!("configuration of {reference}");
-        if manifest.config.size > MAX_CONFIG_BYTES {
-            let host = self.endpoint(reference)?.host();
-            return Err(RegistryError::TooLarge { object, host, limit: MAX_CONFIG_BYTES });
-        }
-        let mut bytes = Vec::new();
-        self.start(reference, &manifest.config, object.clone())?
-            .read_to_end(&mut bytes)
-            .map_err(|error| failure(&object, error))?;
-        let config = ImageConfig::parse(&bytes)
-            .map_err(|reason| RegistryError::Configuration { object: reference.to_string(), reason })?;
-        if config.diff_ids.len() != manifest.layers.len() {
-            let (layers, ids) = (manifest.layers.len(), config.diff_ids.len());
-            let reason = format!("the manifest lists {layers} layers, the configuration {ids} diff ids");
-            return Err(RegistryError::Configuration { object: reference.to_string(), reason });
-        }
-        Ok((bytes, config))
+    /// An image of a registry as a source.
+    pub fn source(&self, reference: &Reference) -> Source {
+        Source::registry(self, reference)
     }
 
     /// Starts the download of a blob. Foreign layers come from the first of their URLs
@@ -326,7 +279,8 @@ impl Client {
         Err(last)
     }
 
-    fn start(
+    /// Starts the download of a blob from where the reference says.
+    pub(crate) fn start(
         &self,
         reference: &Reference,
         blob: &Descriptor,
@@ -433,16 +387,9 @@ impl Client {
     }
 }
 
-fn digest_like(expected: &Digest, bytes: &[u8]) -> Digest {
+/// The digest of bytes by the algorithm of another one.
+pub(crate) fn digest_like(expected: &Digest, bytes: &[u8]) -> Digest {
     let mut digester = crate::digest::Digester::like(expected);
     digester.update(bytes);
     digester.finish()
-}
-
-/// The registry's error behind an error of reading a blob.
-fn failure(object: &str, error: std::io::Error) -> RegistryError {
-    match error.downcast::<RegistryError>() {
-        Ok(error) => error,
-        Err(cause) => RegistryError::Local { object: object.to_owned(), cause },
-    }
 }

@@ -31,6 +31,14 @@ impl Digest {
         digester.finish()
     }
 
+    /// The name of the algorithm, `sha256` or `sha512`.
+    pub fn algorithm(&self) -> &'static str {
+        match self.algorithm {
+            Algorithm::Sha256 => "sha256",
+            Algorithm::Sha512 => "sha512",
+        }
+    }
+
     /// The hexadecimal part, lower case.
     pub fn hex(&self) -> &str {
         &self.hex
@@ -58,11 +66,7 @@ impl FromStr for Digest {
 
 impl fmt::Display for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let algorithm = match self.algorithm {
-            Algorithm::Sha256 => "sha256",
-            Algorithm::Sha512 => "sha512",
-        };
-        write!(f, "{algorithm}:{}", self.hex)
+        write!(f, "{}:{}", self.algorithm(), self.hex)
     }
 }
 

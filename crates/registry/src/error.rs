@@ -41,6 +41,14 @@ pub enum RegistryError {
         /// The registry's own words, with a separator.
         detail: String,
     },
+    /// A local source lacks it.
+    #[error("{object} not found in {place}")]
+    NotInSource {
+        /// Manifest, configuration or layer.
+        object: String,
+        /// The archive or directory.
+        place: String,
+    },
     /// No or insufficient rights.
     #[error("registry {host} denies access to {object}: {reason}")]
     Denied {
@@ -98,7 +106,7 @@ pub enum RegistryError {
     },
     /// The bytes are not those that the digest promises.
     #[error(
-        "{object} from {host} has digest {found}, not {expected}: the registry or a proxy serves wrong content"
+        "{object} from {host} has digest {found}, not {expected}: the content was damaged or exchanged there, or on its way"
     )]
     WrongDigest {
         /// Manifest, configuration or layer.
@@ -214,7 +222,7 @@ impl RegistryError {
             Self::Network { .. } | Self::Timeout { .. } | Self::Status { .. } | Self::RateLimited { .. } => {
                 ErrorKind::Network
             }
-            Self::NotFound { .. } | Self::NoPlatform { .. } => ErrorKind::NotFound,
+            Self::NotFound { .. } | Self::NotInSource { .. } | Self::NoPlatform { .. } => ErrorKind::NotFound,
             _ => ErrorKind::Other,
         }
     }

@@ -50,9 +50,14 @@ pub enum LayerError {
 
 /// A layer as tar stream, verified at its end.
 pub struct LayerStream<R: Read> {
-    decoder: Decoder<R>,
+    unpacked: Unpacked<R>,
     digester: Option<Digester>,
     expected: Digest,
+}
+
+/// Whatever a blob unpacks to, of at most a number of bytes.
+pub(crate) struct Unpacked<R: Read> {
+    decoder: Decoder<R>,
     plain_bytes: u64,
     limit: u64,
 }
@@ -73,25 +78,14 @@ impl<R: Read> LayerStream<R> {
     ///
     /// # Errors
     /// The blob's own, or [`LayerError::UnsupportedCompression`] inside an [`io::Error`].
-    pub fn new(mut blob: R, diff_id: &Digest, limit: u64) -> io::Result<Self> {
-        let start = first_bytes(&mut blob)?;
-        let compression = compression(&start);
-        let blob = BufReader::with_capacity(BUFFER_BYTES, io::Cursor::new(start).chain(blob));
-        let decoder = match compression {
-            Compression::None => Decoder::Plain(blob),
-            Compression::Gzip => Decoder::Gzip(Box::new(MultiGzDecoder::new(blob))),
-            Compression::Zstd => Decoder::Zstd(zstd::stream::read::Decoder::with_buffer(blob)?),
-            Compression::Unsupported(name) => {
-                return Err(io::Error::other(LayerError::UnsupportedCompression(name)));
-            }
-        };
-        let digester = Some(Digester::like(diff_id));
-        Ok(Self { decoder, digester, expected: diff_id.clone(), plain_bytes: 0, limit })
+    pub fn new(blob: R, diff_id: &Digest, limit: u64) -> io::Result<Self> {
+        let unpacked = Unpacked::new(blob, limit)?;
+        Ok(Self { unpacked, digester: Some(Digester::like(diff_id)), expected: diff_id.clone() })
     }
 
     /// Uncompressed bytes so far.
     pub fn plain_bytes(&self) -> u64 {
-        self.plain_bytes
+        self.unpacked.plain_bytes
     }
 
     /// Reads to the end, so that everything is verified, whatever the consumer left.
@@ -100,12 +94,12 @@ impl<R: Read> LayerStream<R> {
     /// Those of reading.
     pub fn finish(mut self) -> io::Result<u64> {
         io::copy(&mut self, &mut io::sink())?;
-        Ok(self.plain_bytes)
+        Ok(self.plain_bytes())
     }
 
     /// The reader that the blob came from, wherever it stands.
     pub fn into_blob(self) -> R {
-        let blob = match self.decoder {
+        let blob = match self.unpacked.decoder {
             Decoder::Plain(blob) => blob,
             Decoder::Gzip(decoder) => decoder.into_inner(),
             Decoder::Zstd(decoder) => decoder.into_inner(),
@@ -124,7 +118,25 @@ impl<R: Read> LayerStream<R> {
     }
 }
 
-impl<R: Read> Read for LayerStream<R> {
+impl<R: Read> Unpacked<R> {
+    /// Unpacks as the first bytes say.
+    pub(crate) fn new(mut blob: R, limit: u64) -> io::Result<Self> {
+        let start = first_bytes(&mut blob)?;
+        let compression = compression(&start);
+        let blob = BufReader::with_capacity(BUFFER_BYTES, io::Cursor::new(start).chain(blob));
+        let decoder = match compression {
+            Compression::None => Decoder::Plain(blob),
+            Compression::Gzip => Decoder::Gzip(Box::new(MultiGzDecoder::new(blob))),
+            Compression::Zstd => Decoder::Zstd(zstd::stream::read::Decoder::with_buffer(blob)?),
+            Compression::Unsupported(name) => {
+                return Err(io::Error::other(LayerError::UnsupportedCompression(name)));
+            }
+        };
+        Ok(Self { decoder, plain_bytes: 0, limit })
+    }
+}
+
+impl<R: Read> Read for Unpacked<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if buffer.is_empty() {
             return Ok(0);
@@ -132,12 +144,25 @@ impl<R: Read> Read for LayerStream<R> {
         let length = self.decoder.read(buffer)?;
         if length == 0 {
             self.decoder.drain()?;
-            self.verify()?;
             return Ok(0);
         }
         self.plain_bytes += length as u64;
         if self.plain_bytes > self.limit {
             return Err(io::Error::other(LayerError::TooLarge(self.limit)));
+        }
+        Ok(length)
+    }
+}
+
+impl<R: Read> Read for LayerStream<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if buffer.is_empty() {
+            return Ok(0);
+        }
+        let length = self.unpacked.read(buffer)?;
+        if length == 0 {
+            self.verify()?;
+            return Ok(0);
         }
         if let (Some(digester), Some(bytes)) = (&mut self.digester, buffer.get(..length)) {
             digester.update(bytes);
@@ -202,6 +227,11 @@ fn compression(start: &[u8]) -> Compression {
         [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Compression::Unsupported("xz"),
         _ => Compression::None,
     }
+}
+
+/// Whether bytes begin like a compressed stream, also of a kind that is not unpacked.
+pub(crate) fn is_compressed(mut bytes: impl Read) -> io::Result<bool> {
+    Ok(!matches!(compression(&first_bytes(&mut bytes)?), Compression::None))
 }
 
 /// The first bytes of the blob, fewer if it is shorter.

@@ -1,7 +1,8 @@
 //! Container registries: references, authentication, manifests, blobs, layer streams.
 //!
-//! [`Client`] reads images from and pushes them to any registry that speaks the OCI
-//! distribution API (Docker registry HTTP API, version 2). [`LayerStream`] turns a
+//! [`Client`] speaks to any registry with the OCI distribution API (Docker registry HTTP
+//! API, version 2), reading and pushing. [`Source`] reads an image wherever it is kept: in
+//! a registry, a docker-archive or a directory in OCI layout. [`LayerStream`] turns a
 //! layer's blob into the tar archive that it holds.
 //!
 //! Invariants:
@@ -29,6 +30,7 @@ mod manifest;
 mod platform;
 mod reference;
 mod secret;
+mod source;
 mod transport;
 
 pub use blob::BlobReader;
@@ -41,9 +43,11 @@ pub use error::{ErrorKind, RegistryError};
 pub use http::{Deadlines, SLOWEST_BYTES_PER_SECOND};
 pub use layer::{LayerError, LayerStream, MAX_LAYER_BYTES};
 pub use manifest::{
-    Descriptor, ImageManifest, IndexEntry, MAX_MANIFEST_BYTES, Manifest, ManifestError, media_type,
+    Descriptor, ImageManifest, IndexEntry, MAX_MANIFEST_BYTES, Manifest, ManifestError, docker_list,
+    media_type,
 };
 pub use platform::{InvalidPlatform, Platform, choose};
 pub use reference::{ImageSource, Reference, ReferenceError, Transport as ReferenceTransport};
 pub use secret::Secret;
+pub use source::{ImageSet, Source};
 pub use transport::Body;

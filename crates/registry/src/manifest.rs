@@ -28,6 +28,8 @@ pub mod media_type {
     pub const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
     /// OCI image configuration.
     pub const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
+    /// Uncompressed layer in a Docker manifest.
+    pub const DOCKER_LAYER: &str = "application/vnd.docker.image.rootfs.diff.tar";
     /// Gzip layer in a Docker manifest.
     pub const DOCKER_LAYER_GZIP: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
 }
@@ -174,6 +176,48 @@ impl ImageManifest {
         })
         .expect("strings, numbers and lists always have a JSON form")
     }
+}
+
+/// An index of images as Docker manifest list, which every engine reads.
+pub fn docker_list(entries: &[(Descriptor, Platform)]) -> Vec<u8> {
+    #[derive(Serialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Entry<'a> {
+        media_type: &'a str,
+        size: u64,
+        digest: String,
+        platform: Stated<'a>,
+    }
+    #[derive(Serialize)]
+    struct Stated<'a> {
+        architecture: &'a str,
+        os: &'a str,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        variant: Option<&'a str>,
+    }
+    #[derive(Serialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Document<'a> {
+        schema_version: u32,
+        media_type: &'a str,
+        manifests: Vec<Entry<'a>>,
+    }
+    let manifests = entries.iter().map(|(blob, platform)| Entry {
+        media_type: &blob.media_type,
+        size: blob.size,
+        digest: blob.digest.to_string(),
+        platform: Stated {
+            architecture: &platform.architecture,
+            os: &platform.os,
+            variant: platform.variant.as_deref().filter(|variant| !variant.is_empty()),
+        },
+    });
+    serde_json::to_vec_pretty(&Document {
+        schema_version: 2,
+        media_type: media_type::DOCKER_LIST,
+        manifests: manifests.collect(),
+    })
+    .expect("strings, numbers and lists always have a JSON form")
 }
 
 fn is_known(media_type: &str) -> bool {

@@ -108,7 +108,8 @@ pub(crate) fn offered(entries: &[IndexEntry]) -> String {
     if names.is_empty() { "none".to_owned() } else { names.join(", ") }
 }
 
-fn images(entries: &[IndexEntry]) -> impl Iterator<Item = (&IndexEntry, Option<&Platform>)> {
+/// The entries that are images, with the platforms they state.
+pub(crate) fn images(entries: &[IndexEntry]) -> impl Iterator<Item = (&IndexEntry, Option<&Platform>)> {
     entries
         .iter()
         .filter(|entry| !entry.is_attestation)

@@ -214,17 +214,15 @@ fn error(text: &str, rule: &'static str) -> ReferenceError {
 }
 
 /// `PATH[:NAME]`. A colon inside the path cannot be told from the separator: the first
-/// one after the last slash counts, as skopeo does for these forms.
+/// one counts, as for skopeo, because names have colons too.
 fn local(text: &str, rest: &str) -> Result<(PathBuf, Option<String>), ReferenceError> {
-    let name_start = rest.rfind('/').map_or(0, |slash| slash + 1);
-    let colon = rest.get(name_start..).and_then(|last| last.find(':')).map(|at| name_start + at);
-    let (path, name) = match colon {
-        Some(colon) => (rest.get(..colon), rest.get(colon + 1..)),
-        None => (Some(rest), None),
+    let (path, name) = match rest.split_once(':') {
+        Some((path, name)) => (path, Some(name)),
+        None => (rest, None),
     };
-    match path.filter(|path| !path.is_empty()) {
-        Some(path) => Ok((PathBuf::from(path), name.filter(|n| !n.is_empty()).map(str::to_owned))),
-        None => Err(error(text, "names no file")),
+    match path {
+        "" => Err(error(text, "names no file")),
+        path => Ok((PathBuf::from(path), name.filter(|n| !n.is_empty()).map(str::to_owned))),
     }
 }
 
@@ -404,8 +402,8 @@ mod tests {
     fn local_images_are_told_from_registries() {
         let parsed = |text: &str| text.parse::<ImageSource>().unwrap();
         assert_eq!(
-            parsed("docker-archive:/a:b/x.tar"),
-            ImageSource::DockerArchive { file: "/a:b/x.tar".into(), name: None }
+            parsed("docker-archive:/a/x.tar:localhost:5000/x:1"),
+            ImageSource::DockerArchive { file: "/a/x.tar".into(), name: Some("localhost:5000/x:1".into()) }
         );
         assert_eq!(
             parsed("docker-archive:x.tar:redis:4"),

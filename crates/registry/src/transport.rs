@@ -109,6 +109,11 @@ impl Transport {
         }
     }
 
+    /// Whether [`cancel`](Self::cancel) was called here or on what this was branched off.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.cancelled.iter().any(|sender| *sender.borrow())
+    }
+
     /// Returns once [`cancel`](Self::cancel) was called here or on what this was branched off.
     pub(crate) async fn cancellation(&self) {
         let any = self.cancelled.iter().map(|sender| {

@@ -7,6 +7,7 @@ use registry::{
     Client, ClientSettings, Endpoint, ImageSource, Platform, Reference, ReferenceTransport, RegistryError,
 };
 
+use crate::convert::PlatformChoice;
 use crate::failure::ConvertError;
 
 /// The registry of the original if none is named.
@@ -26,6 +27,9 @@ Examples:
   docker2cvmfs convert debian:12 --repository images.example.org \\
       --storage /srv/cvmfs/images.example.org --keys /etc/cvmfs/keys \\
       --output registry.example.org/thin/debian:12
+  docker2cvmfs convert docker-archive:saved.tar --repository images.example.org \\
+      --storage /srv/cvmfs/images.example.org --keys /etc/cvmfs/keys \\
+      --output-archive thin.tar
   docker2cvmfs thin library/debian:12 images.example.org/layers > thin.json
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 trust, 4 network, 5 not found, 6 out of space."
@@ -154,7 +158,8 @@ pub(super) struct MakeThinArguments {
 
 #[derive(Debug, Args)]
 pub(super) struct ConvertArguments {
-    /// [http://]REGISTRY[:PORT]/NAME[:TAG][@DIGEST], or a short name of Docker Hub
+    /// [http://]REGISTRY[:PORT]/NAME[:TAG][@DIGEST], a short name of Docker Hub,
+    /// docker-archive:FILE[:NAME] or oci:DIRECTORY[:NAME]
     #[arg(value_name = "IMAGE")]
     pub(super) image: String,
     /// Storage of the repository: a directory
@@ -166,8 +171,10 @@ pub(super) struct ConvertArguments {
     /// Repository for the layers
     #[arg(long, short, value_name = "FQRN")]
     pub(super) repository: String,
-    #[command(flatten)]
-    pub(super) platform: PlatformArgument,
+    /// Which images of an index to take: os/architecture[/variant], or all of them with
+    /// one thin index [default: this machine's]
+    #[arg(long, value_name = "PLATFORM|all")]
+    pub(super) platform: Option<PlatformChoice>,
     #[command(flatten)]
     pub(super) layout: LayoutArguments,
     /// Push the thin image to a registry
@@ -191,26 +198,30 @@ impl Arguments {
     }
 
     /// The image that a text means. With `--registry` it is a repository on that
-    /// registry, as in the original; otherwise it is read as Docker reads it.
-    pub(super) fn image(&self, text: &str) -> Result<Reference, ConvertError> {
-        let Some(registry) = &self.registry else {
-            return match text.parse::<ImageSource>().map_err(RegistryError::from)? {
-                ImageSource::Registry(reference) => Ok(reference),
-                local @ (ImageSource::DockerArchive { .. } | ImageSource::OciDirectory { .. }) => {
-                    Err(ConvertError::Usage(format!(
-                        "{local}: local images cannot be converted by this version; push it to a registry first, \
-                         for example with `skopeo copy {local} docker://REGISTRY/NAME:TAG`"
-                    )))
-                }
-            };
-        };
-        let (transport, host) = Endpoint::parse(registry)?.registry();
-        Ok(Reference::on_registry(text, &host, transport).map_err(RegistryError::from)?)
+    /// registry, as in the original; otherwise it is read as Docker reads it, or as one of
+    /// the local forms.
+    pub(super) fn image(&self, text: &str) -> Result<ImageSource, ConvertError> {
+        let source = text.parse::<ImageSource>();
+        match (&self.registry, source) {
+            (_, Ok(local @ (ImageSource::DockerArchive { .. } | ImageSource::OciDirectory { .. }))) => {
+                Ok(local)
+            }
+            (None, source) => Ok(source.map_err(RegistryError::from)?),
+            (Some(registry), _) => {
+                let (transport, host) = Endpoint::parse(registry)?.registry();
+                let reference =
+                    Reference::on_registry(text, &host, transport).map_err(RegistryError::from)?;
+                Ok(ImageSource::Registry(reference))
+            }
+        }
     }
 
     /// `TEXT@REGISTRY_URL`, the origin in descriptors of the original.
     pub(super) fn original_origin(&self, text: &str) -> Result<String, ConvertError> {
-        let reference = self.image(text)?;
+        let reference = match self.image(text)? {
+            ImageSource::Registry(reference) => reference,
+            local => return Ok(local.to_string()),
+        };
         let is_named = self.registry.is_none() && reference.transport != ReferenceTransport::Auto;
         if is_named || (self.registry.is_none() && reference.registry != "docker.io") {
             return Ok(format!("{text}@{}", Endpoint::of(&reference)?.as_str()));

@@ -1,12 +1,13 @@
 //! The verbs that only look: `manifest`, `config`, `thin`.
 
-use registry::{Descriptor, Image, Platform, Reference};
+use registry::{Descriptor, Image, Platform, Source};
 use serde::Serialize;
 use thin_image::{Location, ThinImage, ThinLayer};
 
 use super::arguments::{Arguments, ImageArguments, ThinArguments};
 use super::signals;
 use crate::failure::ConvertError;
+use crate::spool;
 
 /// The manifest in the form of the original: the names of Go's fields, one blank of
 /// indentation.
@@ -33,11 +34,8 @@ pub(super) fn manifest(arguments: &Arguments, image: &ImageArguments) -> Result<
 
 /// The configuration blob as it is.
 pub(super) fn config(arguments: &Arguments, image: &ImageArguments) -> Result<String, ConvertError> {
-    let client = arguments.source_client()?;
-    signals::cancel_on_signal(&[client.canceller()], None);
-    let reference = arguments.image(&image.image)?;
-    let found = client.image(&reference, &platform(image))?;
-    let (bytes, _) = client.config(&reference, &found.manifest)?;
+    let (source, image) = fetch(arguments, image)?;
+    let (bytes, _) = source.config(&image.manifest)?;
     // A parsed JSON document is UTF-8.
     Ok(format!("{}\n", String::from_utf8_lossy(&bytes)))
 }
@@ -58,16 +56,14 @@ pub(super) fn thin(arguments: &Arguments, thin: &ThinArguments) -> Result<String
     Ok(format!("{}\n", ThinImage::new(Some(origin), layers)?.to_json()))
 }
 
-fn fetch(arguments: &Arguments, image: &ImageArguments) -> Result<(Reference, Image), ConvertError> {
+/// An image and where it comes from.
+pub(super) fn fetch(arguments: &Arguments, image: &ImageArguments) -> Result<(Source, Image), ConvertError> {
     let client = arguments.source_client()?;
     signals::cancel_on_signal(&[client.canceller()], None);
-    let reference = arguments.image(&image.image)?;
-    let found = client.image(&reference, &platform(image))?;
-    Ok((reference, found))
-}
-
-pub(super) fn platform(image: &ImageArguments) -> Platform {
-    image.platform.platform.clone().unwrap_or_else(Platform::host)
+    let name = arguments.image(&image.image)?;
+    let source = Source::open(&name, &client, &spool::directory(None))?;
+    let found = source.image(&image.platform.platform.clone().unwrap_or_else(Platform::host))?;
+    Ok((source, found))
 }
 
 fn split_place(place: &str) -> Result<(&str, &str), ConvertError> {

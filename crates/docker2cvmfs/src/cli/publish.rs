@@ -1,11 +1,11 @@
 //! The verbs that publish: `convert` and `make-thin`.
 
 use cvmfs_publish::Interrupt;
-use registry::{Client, ClientSettings, Reference};
+use registry::{Client, ClientSettings, ImageSource, Reference};
 
-use super::arguments::{Arguments, ConvertArguments, LayoutArguments, MakeThinArguments};
+use super::arguments::{Arguments, ConvertArguments, MakeThinArguments, PlatformArgument};
 use super::signals;
-use crate::convert::{Conversion, ConvertRequest, Output};
+use crate::convert::{Conversion, ConvertRequest, Layout, Output, PlatformChoice};
 use crate::failure::ConvertError;
 use crate::progress::Progress;
 
@@ -14,7 +14,10 @@ pub(super) fn convert(arguments: &Arguments, convert: &ConvertArguments) -> Resu
     let output = match (&convert.output, &convert.output_archive) {
         (Some(reference), _) => Some(Output::Registry(reference.clone())),
         (None, Some(file)) => {
-            let name = convert.name.clone().unwrap_or_else(|| thin_name(&image));
+            let name = match &convert.name {
+                Some(name) => name.clone(),
+                None => thin_name(&image)?,
+            };
             Some(Output::DockerArchive { file: file.clone(), name })
         }
         (None, None) => None,
@@ -22,11 +25,11 @@ pub(super) fn convert(arguments: &Arguments, convert: &ConvertArguments) -> Resu
     let request = ConvertRequest {
         image,
         origin: None,
-        platform: convert.platform.platform.clone(),
+        platform: convert.platform.clone().unwrap_or_default(),
         fqrn: convert.repository.clone(),
         storage: convert.storage.clone(),
         keys: convert.keys.clone(),
-        subdirectory: subdirectory(&convert.layout),
+        layout: Layout::layers(&convert.layout.subdirectory),
         output,
         spool: convert.layout.spool.clone(),
         dry_run: convert.dry_run,
@@ -42,11 +45,11 @@ pub(super) fn make_thin(
     let request = ConvertRequest {
         image: arguments.image(&make_thin.input_reference)?,
         origin: Some(arguments.original_origin(&make_thin.input_reference)?),
-        platform: make_thin.platform.platform.clone(),
+        platform: choice(&make_thin.platform),
         storage: make_thin.storage.clone().unwrap_or_else(|| format!("/srv/cvmfs/{fqrn}")),
         fqrn,
         keys: make_thin.keys.clone(),
-        subdirectory: subdirectory(&make_thin.layout),
+        layout: Layout::layers(&make_thin.layout.subdirectory),
         output: Some(Output::Docker { name: make_thin.output_reference.clone() }),
         spool: make_thin.layout.spool.clone(),
         dry_run: false,
@@ -71,12 +74,22 @@ pub(super) fn run(arguments: &Arguments, request: &ConvertRequest) -> Result<Str
     Ok(report.to_text())
 }
 
-/// Slashes at the ends do not matter: the original's default is `layers/`.
-pub(super) fn subdirectory(layout: &LayoutArguments) -> String {
-    layout.subdirectory.trim_matches('/').to_owned()
+pub(super) fn choice(platform: &PlatformArgument) -> PlatformChoice {
+    platform.platform.clone().map_or(PlatformChoice::Host, PlatformChoice::One)
 }
 
 /// The conventional name of a thin image: `_thin` behind the repository.
-fn thin_name(image: &Reference) -> Reference {
-    Reference { repository: format!("{}_thin", image.repository), digest: None, ..image.clone() }
+fn thin_name(image: &ImageSource) -> Result<Reference, ConvertError> {
+    let reference = match image {
+        ImageSource::Registry(reference) => Some(reference.clone()),
+        ImageSource::DockerArchive { name, .. } | ImageSource::OciDirectory { name, .. } => {
+            name.as_deref().and_then(|name| name.parse().ok())
+        }
+    };
+    let Some(reference) = reference else {
+        return Err(ConvertError::Usage(format!(
+            "{image} has no name to derive one from: give --name NAME:TAG"
+        )));
+    };
+    Ok(Reference { repository: format!("{}_thin", reference.repository), digest: None, ..reference })
 }

@@ -4,12 +4,12 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use registry::{BlobReader, RegistryError};
+use registry::RegistryError;
 use tempfile::NamedTempFile;
 
 use super::arguments::{Arguments, PullArguments};
-use super::{inspect, publish, signals};
-use crate::convert::ConvertRequest;
+use super::{inspect, publish};
+use crate::convert::{ConvertRequest, Layout};
 use crate::failure::ConvertError;
 use crate::progress::Progress;
 
@@ -21,11 +21,11 @@ pub(super) fn pull(arguments: &Arguments, pull: &PullArguments) -> Result<String
             &ConvertRequest {
                 image: arguments.image(&pull.image.image)?,
                 origin: None,
-                platform: pull.image.platform.platform.clone(),
+                platform: publish::choice(&pull.image.platform),
                 fqrn: fqrn.clone(),
                 storage: storage.clone(),
                 keys: keys.clone(),
-                subdirectory: publish::subdirectory(&pull.layout),
+                layout: Layout::layers(&pull.layout.subdirectory),
                 output: None,
                 spool: pull.layout.spool.clone(),
                 dry_run: false,
@@ -44,10 +44,7 @@ fn into_directory(
     pull: &PullArguments,
     directory: &Path,
 ) -> Result<String, ConvertError> {
-    let client = arguments.source_client()?;
-    signals::cancel_on_signal(&[client.canceller()], None);
-    let reference = arguments.image(&pull.image.image)?;
-    let image = client.image(&reference, &inspect::platform(&pull.image))?;
+    let (source, image) = inspect::fetch(arguments, &pull.image)?;
     let progress = if arguments.json { Progress::silent() } else { Progress::on_stderr() };
     fs::create_dir_all(directory)
         .map_err(|cause| ConvertError::Output { file: directory.to_owned(), cause })?;
@@ -59,7 +56,7 @@ fn into_directory(
         if !fs::metadata(&file).is_ok_and(|found| found.is_file() && found.len() == blob.size) {
             let meter = progress.layer(blob);
             let mut temporary = NamedTempFile::new_in(directory).map_err(failed)?;
-            let mut reader = client.blob(&reference, blob)?;
+            let mut reader = source.layer(blob)?;
             copy(&mut reader, temporary.as_file_mut()).map_err(|fault| match fault {
                 Fault::Registry(error) => error.into(),
                 Fault::Local(cause) => failed(cause),
@@ -72,7 +69,7 @@ fn into_directory(
         files.push(file.display().to_string());
     }
     if arguments.json {
-        let report = serde_json::json!({"image": reference.to_string(), "digest": image.digest.to_string(), "files": files});
+        let report = serde_json::json!({"image": source.name().to_string(), "digest": image.digest.to_string(), "files": files});
         return Ok(format!("{report}\n"));
     }
     Ok(files.iter().map(|file| format!("{file}\n")).collect())
@@ -83,7 +80,7 @@ enum Fault {
     Local(io::Error),
 }
 
-fn copy(reader: &mut BlobReader, file: &mut fs::File) -> Result<(), Fault> {
+fn copy(reader: &mut dyn io::Read, file: &mut fs::File) -> Result<(), Fault> {
     io::copy(reader, file).map(drop).map_err(|error| match error.downcast::<RegistryError>() {
         Ok(error) => Fault::Registry(error),
         Err(error) => Fault::Local(error),

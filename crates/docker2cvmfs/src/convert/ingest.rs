@@ -3,7 +3,6 @@
 use std::io::{self, Read};
 
 use cvmfs_publish::{IngestOptions, PublishError, Publisher};
-use registry::Descriptor;
 
 use crate::failure::ConvertError;
 use crate::progress::{LayerMeter, Progress};
@@ -15,17 +14,16 @@ pub(super) struct Stored {
     pub(super) bytes_stored: u64,
 }
 
-/// Ingests layers that are not there yet in one transaction. `directory` says where.
+/// Ingests layers that are not there yet in one transaction.
 pub(super) fn layers(
     publisher: &mut Publisher,
     spooled: Vec<SpooledLayer>,
-    directory: impl Fn(&Descriptor) -> String,
     progress: &Progress,
 ) -> Result<Stored, ConvertError> {
     // Another conversion may have published some of them since we looked.
     let mut missing = Vec::with_capacity(spooled.len());
     for layer in spooled {
-        if !publisher.exists(directory(&layer.wanted.blob).as_bytes())? {
+        if !publisher.exists(layer.wanted.path.as_bytes())? {
             missing.push(layer);
         }
     }
@@ -40,7 +38,7 @@ pub(super) fn layers(
             PublishError::Interrupted => ConvertError::Interrupted,
             cause => ConvertError::Ingest { digest: digest.clone(), cause },
         };
-        let path = directory(&layer.wanted.blob);
+        let path = layer.wanted.path.clone();
         let meter = progress.ingest(&layer.wanted.blob);
         let stream = layer.open().map_err(|cause| failed(PublishError::Input(cause)))?;
         let mut stream = Metered { stream, meter: &meter };

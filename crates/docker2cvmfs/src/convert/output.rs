@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use registry::{Body, Client, Digest, Reference, media_type};
 
+use super::plan::Plan;
 use crate::failure::ConvertError;
-use crate::thin::{ThinImageBlobs, write_docker_archive};
+use crate::thin::{ThinImageBlobs, ThinSet, write_docker_archive};
 
 /// Loading an image of one small layer takes a second; a busy engine may take longer.
 const DOCKER_DEADLINE: Duration = Duration::from_secs(120);
@@ -51,35 +52,77 @@ impl Output {
         }
     }
 
-    /// Writes the image; returns the place for the report.
-    pub(super) fn write(&self, client: &Client, image: &ThinImageBlobs) -> Result<String, ConvertError> {
+    /// Refuses what the destination cannot hold.
+    pub(super) fn suits(&self, plan: &Plan) -> Result<(), ConvertError> {
         match self {
-            Self::Registry(reference) => {
-                for blob in [&image.config, &image.layer_gzip] {
-                    client.push_blob(
-                        reference,
-                        &Digest::sha256_of(blob),
-                        Body::Bytes(blob.clone().into()),
-                    )?;
-                }
-                client.push_manifest(reference, media_type::DOCKER_MANIFEST, image.manifest.clone())?;
-                Ok(reference.to_string())
+            Self::DockerArchive { .. } | Self::Docker { .. } if plan.images.len() != 1 => {
+                Err(ConvertError::Usage(format!(
+                    "{}: images for {} platforms need a registry: name one with --output, or choose a platform",
+                    plan.resolved.source.name(),
+                    plan.images.len()
+                )))
             }
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes the image, or all images and their index.
+    pub(crate) fn write(&self, client: &Client, thin: &ThinSet) -> Result<Written, ConvertError> {
+        match self {
+            Self::Registry(reference) => push(client, reference, thin),
             Self::DockerArchive { file, name } => {
                 let failed = |cause| ConvertError::Output { file: file.clone(), cause };
+                let image = thin.only_image();
                 write_docker_archive(image, name, file).map_err(failed)?;
-                Ok(file.display().to_string())
+                Ok(Written { place: file.display().to_string(), digest: image.manifest_digest() })
             }
             Self::Docker { name } => {
                 let failed = |cause| ConvertError::Output { file: std::env::temp_dir(), cause };
                 let directory = tempfile::tempdir().map_err(failed)?;
                 let file = directory.path().join("thin-image.tar");
+                let image = thin.only_image();
                 write_docker_archive(image, name, &file).map_err(failed)?;
                 docker(&["load".as_ref(), "--quiet".as_ref(), "--input".as_ref(), file.as_os_str()])?;
-                Ok(name.to_string())
+                Ok(Written { place: name.to_string(), digest: image.manifest_digest() })
             }
         }
     }
+}
+
+/// What a destination has now.
+#[derive(Debug, Clone)]
+pub(crate) struct Written {
+    /// For the report.
+    pub(crate) place: String,
+    /// Of the manifest, or of the index.
+    pub(crate) digest: Digest,
+}
+
+/// Pushes blobs, then manifests, then what the tag leads to.
+fn push(client: &Client, reference: &Reference, thin: &ThinSet) -> Result<Written, ConvertError> {
+    let push_blobs = |image: &ThinImageBlobs| {
+        for blob in [&image.config, &image.layer_gzip] {
+            client.push_blob(reference, &Digest::sha256_of(blob), Body::Bytes(blob.clone().into()))?;
+        }
+        Ok::<_, ConvertError>(())
+    };
+    for (_, image) in &thin.images {
+        push_blobs(image)?;
+    }
+    let digest = match thin.index() {
+        None => {
+            let manifest = thin.only_image().manifest.clone();
+            client.push_manifest(reference, media_type::DOCKER_MANIFEST, manifest)?
+        }
+        Some(index) => {
+            for (_, image) in &thin.images {
+                let by_digest = reference.at(&image.manifest_digest());
+                client.push_manifest(&by_digest, media_type::DOCKER_MANIFEST, image.manifest.clone())?;
+            }
+            client.push_manifest(reference, media_type::DOCKER_LIST, index)?
+        }
+    };
+    Ok(Written { place: reference.to_string(), digest })
 }
 
 /// Runs the `docker` program, which knows how to reach its engine (`DOCKER_HOST`, contexts).

@@ -1,20 +1,22 @@
 //! What a conversion did: the keys of `convert --json`.
 
 use indicatif::HumanBytes;
-use registry::Digest;
 use serde::Serialize;
 
-use super::{ConvertRequest, PlannedLayer, missing};
+use super::plan::{Plan, PlannedImage, PlannedLayer};
 
 /// What a conversion did, or would do.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
     /// The source image.
     pub image: String,
-    /// Digest of its manifest.
+    /// Digest of its manifest, or of the index with all its images.
     pub digest: String,
-    /// Its layers, base first.
+    /// Its layers, base first; of several images each layer once.
     pub layers: Vec<LayerReport>,
+    /// The images of an index.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub images: Vec<ImageReport>,
     /// Bytes of layers fetched from the registry.
     pub bytes_downloaded: u64,
     /// Stored bytes of the repository's new objects.
@@ -28,6 +30,17 @@ pub struct Report {
     /// Bytes that were or would be fetched; the plan's line needs it.
     #[serde(skip)]
     missing_bytes: u64,
+}
+
+/// One image of an index.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ImageReport {
+    /// What it runs on.
+    pub platform: String,
+    /// Digest of its manifest.
+    pub digest: String,
+    /// Digests of its layers, base first.
+    pub layers: Vec<String>,
 }
 
 /// One layer of the image.
@@ -52,27 +65,26 @@ pub enum LayerState {
 }
 
 impl Report {
-    pub(super) fn begin(
-        request: &ConvertRequest,
-        digest: &Digest,
-        layers: &[PlannedLayer],
-        revision: u64,
-    ) -> Self {
-        let layer = |layer: &PlannedLayer| LayerReport {
-            digest: layer.blob.digest.to_string(),
-            path: layer.path(),
-            state: layer.state,
-        };
+    pub(super) fn begin(plan: &Plan, revision: u64) -> Self {
+        let mut layers: Vec<LayerReport> = Vec::new();
+        for layer in plan.layers().map(layer_report) {
+            if plan.images.len() == 1 || layers.iter().all(|other| other.digest != layer.digest) {
+                layers.push(layer);
+            }
+        }
+        let images =
+            if plan.resolved.is_index { plan.images.iter().map(image_report).collect() } else { Vec::new() };
         Self {
-            image: request.image.to_string(),
-            digest: digest.to_string(),
-            layers: layers.iter().map(layer).collect(),
+            image: plan.resolved.source.name().to_string(),
+            digest: plan.resolved.digest.to_string(),
+            layers,
+            images,
             bytes_downloaded: 0,
             bytes_stored: 0,
             revision,
             output: None,
             seconds: 0.0,
-            missing_bytes: missing(layers).iter().map(|wanted| wanted.blob.size).sum(),
+            missing_bytes: plan.missing().iter().map(|wanted| wanted.blob.size).sum(),
         }
     }
 
@@ -89,6 +101,9 @@ impl Report {
     /// The report for people, several lines.
     pub fn to_text(&self) -> String {
         let mut text = format!("image     {}\ndigest    {}\n", self.image, self.digest);
+        for image in &self.images {
+            text.push_str(&format!("platform  {} {}\n", image.platform, image.digest));
+        }
         for layer in &self.layers {
             let state = match layer.state {
                 LayerState::New => "new",
@@ -103,5 +118,17 @@ impl Report {
         }
         text.push_str(&format!("{downloaded} downloaded, {stored} stored, {:.1} s\n", self.seconds));
         text
+    }
+}
+
+fn layer_report(layer: &PlannedLayer) -> LayerReport {
+    LayerReport { digest: layer.blob.digest.to_string(), path: layer.path(), state: layer.state }
+}
+
+fn image_report(planned: &PlannedImage) -> ImageReport {
+    ImageReport {
+        platform: planned.image.platform().to_string(),
+        digest: planned.image.image.digest.to_string(),
+        layers: planned.layers.iter().map(|layer| layer.blob.digest.to_string()).collect(),
     }
 }

@@ -17,7 +17,7 @@ pub use archive::write_docker_archive;
 use std::collections::BTreeMap;
 
 use layer_tar::{AbsoluteNames, LayerEntryMeta, LayerPath, LayerWriter};
-use registry::{Descriptor, Digest, ImageConfig, ImageManifest, media_type};
+use registry::{Descriptor, Digest, ImageConfig, ImageManifest, Platform, media_type};
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 use thin_image::{DESCRIPTOR_NAME, ThinImage, Version};
@@ -64,6 +64,45 @@ impl ThinImageBlobs {
             layers: vec![blob(media_type::DOCKER_LAYER_GZIP, &layer_gzip)],
         };
         Self { manifest: manifest.to_docker_json(), config, layer_tar, layer_gzip }
+    }
+}
+
+impl ThinImageBlobs {
+    /// Digest of the manifest.
+    pub fn manifest_digest(&self) -> Digest {
+        Digest::sha256_of(&self.manifest)
+    }
+}
+
+/// The thin images of everything that was asked for under one name.
+#[derive(Debug, Clone)]
+pub struct ThinSet {
+    /// The images, at least one, in the order of the source.
+    pub images: Vec<(Platform, ThinImageBlobs)>,
+    /// Whether they are a choice, even if of one.
+    pub is_index: bool,
+}
+
+impl ThinSet {
+    /// The one image of a set that is no choice, the first otherwise.
+    pub(crate) fn only_image(&self) -> &ThinImageBlobs {
+        let (_, image) = self.images.first().expect("a set has at least one image");
+        image
+    }
+
+    /// The index of a choice, a Docker manifest list, which every engine reads.
+    pub fn index(&self) -> Option<Vec<u8>> {
+        let entry = |(platform, image): &(Platform, ThinImageBlobs)| {
+            let descriptor = Descriptor {
+                media_type: media_type::DOCKER_MANIFEST.to_owned(),
+                size: image.manifest.len() as u64,
+                digest: image.manifest_digest(),
+                urls: Vec::new(),
+            };
+            (descriptor, platform.clone())
+        };
+        let entries: Vec<_> = self.images.iter().map(entry).collect();
+        self.is_index.then(|| registry::docker_list(&entries))
     }
 }
 

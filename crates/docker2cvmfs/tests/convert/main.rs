@@ -5,4 +5,5 @@ mod bad_input;
 mod conversion;
 mod original_verbs;
 mod private_registry;
+mod sources;
 mod workplace;

@@ -68,10 +68,10 @@ fn what_we_push_other_tools_and_we_can_pull() {
     assert_eq!(seen["Layers"][0], layer.digest.to_string());
     assert_eq!(seen["Os"], "linux");
 
-    let image = client.image(&reference, &Platform::host()).unwrap();
+    let image = client.source(&reference).image(&Platform::host()).unwrap();
     assert_eq!(seen["Digest"], image.digest.to_string());
     assert_eq!(image.manifest.layers, std::slice::from_ref(&layer));
-    let (_, config) = client.config(&reference, &image.manifest).unwrap();
+    let (_, config) = client.source(&reference).config(&image.manifest).unwrap();
     let reader = client.blob(&reference, &layer).unwrap();
     let mut unpacked = Vec::new();
     let mut stream = LayerStream::new(reader, &config.diff_ids[0], MAX_LAYER_BYTES).unwrap();
@@ -80,7 +80,7 @@ fn what_we_push_other_tools_and_we_can_pull() {
 
     assert!(!client.push_blob(&reference, &layer.digest, Body::Empty).unwrap(), "it is there already");
     let by_digest = reference.at(&image.digest);
-    assert_eq!(client.image(&by_digest, &Platform::host()).unwrap().manifest, image.manifest);
+    assert_eq!(client.source(&by_digest).image(&Platform::host()).unwrap().manifest, image.manifest);
 }
 
 #[test]
@@ -122,9 +122,9 @@ fn indexes_and_attestations_lead_to_the_image_of_the_platform() {
         );
         registry.push_manifest("multi", "all", kind, index.as_bytes()).unwrap();
         let reference: Reference = registry.reference("multi", "all").parse().unwrap();
-        let found = anonymous().image(&reference, &host).unwrap();
+        let found = anonymous().source(&reference).image(&host).unwrap();
         assert_eq!(found.digest.to_string(), digest);
-        assert!(anonymous().image(&reference, &"linux/s390x".parse().unwrap()).is_err());
+        assert!(anonymous().source(&reference).image(&"linux/s390x".parse().unwrap()).is_err());
     }
 }
 
@@ -146,9 +146,9 @@ fn an_oci_image_copied_by_skopeo_is_read() {
         &format!("docker://{to}"),
     ]);
     let reference: Reference = to.parse().unwrap();
-    let image = anonymous().image(&reference, &Platform::host()).unwrap();
+    let image = anonymous().source(&reference).image(&Platform::host()).unwrap();
     assert_eq!(image.manifest.media_type, media_type::OCI_MANIFEST);
-    let (_, config) = anonymous().config(&reference, &image.manifest).unwrap();
+    let (_, config) = anonymous().source(&reference).config(&image.manifest).unwrap();
     let client = anonymous();
     let reader = client.blob(&reference, &image.manifest.layers[0]).unwrap();
     let stream = LayerStream::new(reader, &config.diff_ids[0], MAX_LAYER_BYTES).unwrap();
@@ -168,7 +168,7 @@ fn a_blob_damaged_in_the_registrys_storage_is_noticed() {
     std::fs::write(&file, &bytes).unwrap();
     let reference: Reference = registry.reference("x", "1").parse().unwrap();
     let client = anonymous();
-    let found = client.image(&reference, &Platform::host()).unwrap();
+    let found = client.source(&reference).image(&Platform::host()).unwrap();
     let mut reader = client.blob(&reference, &found.manifest.layers[0]).unwrap();
     let error = reader.read_to_end(&mut Vec::new()).unwrap_err();
     assert!(error.to_string().contains(&digest), "{error}");
@@ -216,9 +216,9 @@ fn a_registry_with_passwords_takes_ours_and_no_other() {
         client(Credentials::none().with(registry.address.clone(), credential))
     };
     push(&with("hunter2"), &reference, &gzip(&tar), &tar).unwrap();
-    with("hunter2").image(&reference, &Platform::host()).unwrap();
+    with("hunter2").source(&reference).image(&Platform::host()).unwrap();
     for refused in [with("hunter3"), anonymous()] {
-        let error = refused.image(&reference, &Platform::host()).unwrap_err();
+        let error = refused.source(&reference).image(&Platform::host()).unwrap_err();
         assert!(matches!(error, RegistryError::Denied { .. }), "{error}");
         assert!(!error.to_string().contains("hunter"), "{error}");
     }

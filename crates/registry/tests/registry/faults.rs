@@ -137,7 +137,7 @@ fn a_missing_platform_lists_those_there_are() {
     );
     let script = Script::start(move |_| Answer::new(200, index.clone()));
     let wanted: Platform = "linux/amd64".parse().unwrap();
-    let error = anonymous().image(&script.reference("a/b"), &wanted).unwrap_err();
+    let error = anonymous().source(&script.reference("a/b")).image(&wanted).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
     assert!(
         error.to_string().ends_with("has no image for linux/amd64; it has: linux/arm64, windows/amd64"),
@@ -166,7 +166,7 @@ fn an_index_that_contains_itself_comes_to_an_end() {
             .find(|text| request.target.ends_with(&Digest::sha256_of(text.as_bytes()).to_string()));
         Answer::new(200, named.unwrap_or_else(|| chain.last().unwrap()).clone())
     });
-    let error = anonymous().image(&script.reference("a/b"), &Platform::host()).unwrap_err();
+    let error = anonymous().source(&script.reference("a/b")).image(&Platform::host()).unwrap_err();
     assert!(error.to_string().contains("nests indexes too deeply"), "{error}");
 }
 
@@ -176,7 +176,7 @@ fn a_blob_with_other_bytes_ends_in_an_error() {
     flipped[1_000_000] ^= 1;
     let script = Script::start(move |_| Answer::new(200, flipped.clone()));
     let message = download(&anonymous(), &script, &descriptor(&content())).unwrap_err();
-    assert!(message.contains("the registry or a proxy serves wrong content"), "{message}");
+    assert!(message.contains("the content was damaged or exchanged"), "{message}");
 }
 
 #[test]
