@@ -20,7 +20,7 @@ const MAX_CONNECTIONS: usize = 1024;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Answers requests until the returned future is dropped.
-pub(crate) async fn serve<A, F, B>(listener: TcpListener, answer: A)
+pub async fn serve<A, F, B>(listener: TcpListener, answer: A)
 where
     A: Fn(Request<Incoming>, SocketAddr) -> F + Send + Sync + 'static,
     F: Future<Output = Response<B>> + Send + 'static,

@@ -20,6 +20,7 @@
 //! | [`mod@replicate`] | a verified copy in another storage |
 //! | [`mod@check`] | verification of a whole repository |
 //! | [`allocator`] | what programs that publish set before anything else |
+//! | [`http_server`] | an HTTP server with limits, for programs that publish |
 //! | [`serve`] | a static HTTP server for trials |
 //! | [`layer_service`] | publishes the layers that engines leave in a bucket |
 
@@ -35,7 +36,7 @@ pub mod diff;
 mod dirtab;
 pub mod error;
 pub mod head;
-mod http_server;
+pub mod http_server;
 mod ingest;
 mod interrupt;
 pub mod keys;

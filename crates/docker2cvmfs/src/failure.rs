@@ -8,6 +8,8 @@ use cvmfs_publish::PublishError;
 use registry::{ErrorKind, RegistryError};
 use thin_image::ThinImageError;
 
+use crate::wishes::RecipeError;
+
 /// Why a conversion failed. The message names the object; causes are chained.
 #[derive(Debug, thiserror::Error)]
 pub enum ConvertError {
@@ -86,6 +88,36 @@ pub enum ConvertError {
         /// Why, and what to do.
         reason: String,
     },
+    /// A wish list that cannot be used.
+    #[error(transparent)]
+    Recipe(#[from] RecipeError),
+    /// Another process works on the same wish list.
+    #[error(
+        "another process works with {}; wait for its end, or give this one a directory of its own (--state)",
+        directory.display()
+    )]
+    Busy {
+        /// The directory of records.
+        directory: PathBuf,
+    },
+    /// The records of earlier rounds.
+    #[error("cannot keep records in {} (--state names another directory)", path.display())]
+    State {
+        /// File or directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        cause: io::Error,
+    },
+    /// The status page cannot be offered.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// Address and port.
+        address: String,
+        /// Why.
+        #[source]
+        cause: io::Error,
+    },
     /// The user asked to stop.
     #[error("interrupted: nothing was published")]
     Interrupted,
@@ -110,22 +142,34 @@ impl ConvertError {
     /// interrupted.
     pub fn exit_status(&self) -> ExitStatus {
         match self {
-            Self::Registry(RegistryError::Cancelled) | Self::Interrupted => ExitStatus::INTERRUPTED,
-            Self::Registry(RegistryError::Reference(_) | RegistryError::Url { .. }) | Self::Usage(_) => {
-                ExitStatus::USAGE
-            }
+            _ if self.is_interruption() => ExitStatus::INTERRUPTED,
+            Self::Registry(RegistryError::Reference(_) | RegistryError::Url { .. })
+            | Self::Usage(_)
+            | Self::Recipe(_) => ExitStatus::USAGE,
             Self::Registry(error) => match error.kind() {
                 ErrorKind::Network => ExitStatus::NETWORK,
                 ErrorKind::NotFound => ExitStatus::NOT_FOUND,
                 ErrorKind::Other => ExitStatus::FAILED,
             },
             Self::Publish(error) | Self::Ingest { cause: error, .. } => ExitStatus(error.exit_code()),
-            Self::Spool { cause, .. } | Self::Output { cause, .. } if is_out_of_space(cause) => {
+            Self::Spool { cause, .. } | Self::Output { cause, .. } | Self::State { cause, .. }
+                if is_out_of_space(cause) =>
+            {
                 ExitStatus::OUT_OF_SPACE
             }
             Self::ThinImageMissing { cause, .. } => cause.exit_status(),
             _ => ExitStatus::FAILED,
         }
+    }
+
+    /// Whether the user asked for it.
+    pub fn is_interruption(&self) -> bool {
+        matches!(
+            self,
+            Self::Registry(RegistryError::Cancelled)
+                | Self::Publish(PublishError::Interrupted)
+                | Self::Interrupted
+        )
     }
 
     /// The message with all its causes in one line.

@@ -10,6 +10,8 @@
 //! 4. all of them are ingested in one transaction, so in one revision;
 //! 5. the thin image is pushed or written to a file.
 //!
+//! [`wishes`] does that for a list of images, again and again.
+//!
 //! Invariants:
 //!
 //! * Nothing reaches the repository before all layers of the image were verified.
@@ -25,6 +27,7 @@ mod progress;
 mod published;
 mod spool;
 pub mod thin;
+pub mod wishes;
 
 pub use convert::{
     Conversion, ConvertRequest, ImageReport, LayerReport, LayerState, Layout, Output, PlatformChoice, Report,

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use reqwest::Method;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue};
+use serde::Deserialize;
 use tokio::runtime::Runtime;
 
 use crate::auth::Access;
@@ -20,6 +21,8 @@ use crate::reference::Reference;
 use crate::source::Source;
 use crate::transport::{Body, Call, Transport, network, refusal};
 
+/// Pages of a list of tags. Registries send a hundred to a thousand in each.
+const MAX_TAG_PAGES: usize = 1000;
 /// Threads that move bytes and hash them; the readers' own threads come on top.
 const WORKER_THREADS: usize = 2;
 
@@ -77,6 +80,8 @@ pub struct FetchedManifest {
 pub struct Image {
     /// Digest of the image's manifest (not of an index that led to it).
     pub digest: Digest,
+    /// Digest of the document that the name led to: the manifest, or an index.
+    pub top_digest: Digest,
     /// The manifest, byte for byte.
     pub manifest_bytes: Vec<u8>,
     /// The manifest.
@@ -140,8 +145,7 @@ impl Client {
         let url = self.url(reference, &format!("manifests/{}", reference.selector()))?;
         let host = authority(&url);
         let mut call = self.call(Method::GET, url, reference, Access::Pull, &object);
-        let accept = HeaderValue::from_str(&Manifest::accept());
-        call.headers.insert(ACCEPT, accept.expect("media types are valid in a header"));
+        call.headers.insert(ACCEPT, accept());
         let (headers, bytes) = self.runtime.block_on(self.document(&call, MAX_MANIFEST_BYTES))?;
         let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
         let served = text("docker-content-digest").and_then(|digest| digest.parse().ok());
@@ -158,6 +162,58 @@ impl Client {
             .map_err(|cause| RegistryError::Manifest { object: reference.to_string(), cause })?;
         let digest = reference.digest.clone().unwrap_or(found);
         Ok(FetchedManifest { digest, content_type, bytes, manifest })
+    }
+
+    /// The digest of the manifest or index behind a reference, as the registry states it:
+    /// good for seeing whether something changed, and no more. `None` if it states none.
+    ///
+    /// Registries that limit downloads do not count this question.
+    ///
+    /// # Errors
+    /// Network, not found, denied.
+    pub fn stated_digest(&self, reference: &Reference) -> Result<Option<Digest>, RegistryError> {
+        let object = format!("manifest of {reference}");
+        let url = self.url(reference, &format!("manifests/{}", reference.selector()))?;
+        let mut call = self.call(Method::HEAD, url, reference, Access::Pull, &object);
+        call.headers.insert(ACCEPT, accept());
+        let response = self.runtime.block_on(self.transport.send(&call))?;
+        if !response.status().is_success() {
+            return Err(self.runtime.block_on(refusal(&object, response)));
+        }
+        let stated = response.headers().get("docker-content-digest").and_then(|value| value.to_str().ok());
+        Ok(stated.and_then(|text| text.parse().ok()))
+    }
+
+    /// All tags of a repository, in the registry's order.
+    ///
+    /// # Errors
+    /// Network, not found, denied, or more than anybody can use.
+    pub fn tags(&self, reference: &Reference) -> Result<Vec<String>, RegistryError> {
+        #[derive(Deserialize)]
+        struct Page {
+            tags: Option<Vec<String>>,
+        }
+        let object = format!("tags of {}/{}", reference.registry, reference.repository);
+        let first = self.url(reference, "tags/list")?;
+        let mut next = Some(first.clone());
+        let mut tags = Vec::new();
+        for _ in 0..MAX_TAG_PAGES {
+            let Some(url) = next else { return Ok(tags) };
+            let host = authority(&url);
+            let call = self.call(Method::GET, url.clone(), reference, Access::Pull, &object);
+            let (headers, bytes) = self.runtime.block_on(self.document(&call, MAX_MANIFEST_BYTES))?;
+            let page: Page = serde_json::from_slice(&bytes).map_err(|error| {
+                RegistryError::Configuration { object: object.clone(), reason: error.to_string() }
+            })?;
+            tags.extend(page.tags.unwrap_or_default());
+            next = following_page(&headers, &url);
+            if next.as_ref().is_some_and(|next| !crate::http::same_origin(next, &first)) {
+                let reason = "leads to another server for the rest of the tags".to_owned();
+                return Err(RegistryError::Misdirected { object, host, reason });
+            }
+        }
+        let reason = format!("come in more than {MAX_TAG_PAGES} pages");
+        Err(RegistryError::Configuration { object, reason })
     }
 
     /// An image of a registry as a source.
@@ -392,4 +448,15 @@ pub(crate) fn digest_like(expected: &Digest, bytes: &[u8]) -> Digest {
     let mut digester = crate::digest::Digester::like(expected);
     digester.update(bytes);
     digester.finish()
+}
+
+fn accept() -> HeaderValue {
+    HeaderValue::from_str(&Manifest::accept()).expect("media types are valid in a header")
+}
+
+/// The target of `Link: <URL>; rel="next"`.
+fn following_page(headers: &HeaderMap, page: &reqwest::Url) -> Option<reqwest::Url> {
+    let link = headers.get(reqwest::header::LINK)?.to_str().ok()?;
+    let (target, relation) = link.strip_prefix('<')?.split_once('>')?;
+    if relation.contains("next") { page.join(target).ok() } else { None }
 }

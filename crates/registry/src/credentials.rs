@@ -84,7 +84,16 @@ pub enum CredentialsError {
 #[derive(Debug, Clone, Default)]
 pub struct Credentials {
     files: Vec<PathBuf>,
-    fixed: Vec<(String, Credential)>,
+    fixed: Vec<(Named, Credential)>,
+}
+
+/// The registries that a credential is for.
+#[derive(Debug, Clone)]
+enum Named {
+    /// One, by `host[:port]`.
+    Whole(String),
+    /// All whose name has this part.
+    Part(String),
 }
 
 impl Credentials {
@@ -115,14 +124,25 @@ impl Credentials {
     /// Adds a credential for a registry (`host[:port]`); it wins over the files.
     #[must_use]
     pub fn with(mut self, registry: impl Into<String>, credential: Credential) -> Self {
-        self.fixed.push((registry.into(), credential));
+        self.fixed.push((Named::Whole(registry.into()), credential));
+        self
+    }
+
+    /// Adds a credential for all registries whose `host[:port]` has a part; it wins over
+    /// the files.
+    #[must_use]
+    pub fn with_part(mut self, part: impl Into<String>, credential: Credential) -> Self {
+        self.fixed.push((Named::Part(part.into()), credential));
         self
     }
 
     /// The credential for the registry of `reference`, if the user has one.
     pub(crate) async fn find(&self, reference: &Reference) -> Result<Option<Credential>, CredentialsError> {
-        if let Some((_, credential)) = self.fixed.iter().find(|(registry, _)| *registry == reference.registry)
-        {
+        let is_for = |(named, _): &&(Named, Credential)| match named {
+            Named::Whole(registry) => *registry == reference.registry,
+            Named::Part(part) => reference.registry.contains(part.as_str()),
+        };
+        if let Some((_, credential)) = self.fixed.iter().find(is_for) {
             return Ok(Some(credential.clone()));
         }
         for file in &self.files {

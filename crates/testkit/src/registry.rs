@@ -25,12 +25,24 @@ pub struct Registry {
 impl Registry {
     /// Starts an empty registry that allows deletes on a free port. Installs `docker-registry`.
     pub fn start() -> Result<Self> {
+        Self::start_with(None)
+    }
+
+    /// As [`Registry::start`], and every push is told to `url`, with `authorization` as header.
+    pub fn start_notifying(url: &str, authorization: &str) -> Result<Self> {
+        Self::start_with(Some(json!({"endpoints": [{
+            "name": "listener", "url": url, "headers": {"Authorization": [authorization]},
+            "timeout": "2s", "threshold": 3, "backoff": "1s",
+        }]})))
+    }
+
+    fn start_with(notifications: Option<serde_json::Value>) -> Result<Self> {
         crate::install(&["docker-registry"])?;
         let directory = ScratchDir::new("registry")?;
         // Another process may take the port between the look and the start.
         let mut last = None;
         for _ in 0..3 {
-            match start_at(directory.path(), free_port()?) {
+            match start_at(directory.path(), free_port()?, notifications.as_ref()) {
                 Ok((address, service)) => return Ok(Self { address, service, directory }),
                 Err(error) => last = Some(error),
             }
@@ -91,6 +103,14 @@ impl Registry {
         Ok(image::digest(manifest))
     }
 
+    /// Takes a tag away.
+    pub fn delete_manifest(&self, name: &str, digest: &str) -> Result<()> {
+        let target = format!("/v2/{name}/manifests/{digest}");
+        let done = http::request(&self.address, "DELETE", &target, &[], &[])?;
+        ensure!(done.status == 202, "deleting {name}@{digest} was answered {}: {}", done.status, done.text());
+        Ok(())
+    }
+
     /// Fetches a manifest.
     pub fn manifest(&self, name: &str, tag: &str) -> Result<serde_json::Value> {
         let target = format!("/v2/{name}/manifests/{tag}");
@@ -115,15 +135,22 @@ impl Drop for Registry {
     }
 }
 
-fn start_at(directory: &Path, port: u16) -> Result<(String, Service)> {
+fn start_at(
+    directory: &Path,
+    port: u16,
+    notifications: Option<&serde_json::Value>,
+) -> Result<(String, Service)> {
     let address = format!("127.0.0.1:{port}");
     // JSON is YAML.
-    let config = json!({
+    let mut config = json!({
         "version": "0.1",
         "log": {"level": "warn", "accesslog": {"disabled": false}},
         "storage": {"filesystem": {"rootdirectory": directory.join("data")}, "delete": {"enabled": true}},
         "http": {"addr": address},
     });
+    if let Some(notifications) = notifications {
+        config["notifications"] = notifications.clone();
+    }
     let file = directory.join("registry.yml");
     std::fs::write(&file, config.to_string())?;
     let mut command = Command::new("docker-registry");

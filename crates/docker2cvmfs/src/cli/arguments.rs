@@ -1,6 +1,8 @@
 //! The arguments, as the command-line contract has them.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use registry::{
@@ -30,6 +32,7 @@ Examples:
   docker2cvmfs convert docker-archive:saved.tar --repository images.example.org \\
       --storage /srv/cvmfs/images.example.org --keys /etc/cvmfs/keys \\
       --output-archive thin.tar
+  docker2cvmfs loop wishes.yaml --interval 15m --listen 127.0.0.1:8081
   docker2cvmfs thin library/debian:12 images.example.org/layers > thin.json
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 trust, 4 network, 5 not found, 6 out of space."
@@ -48,8 +51,9 @@ pub(super) struct Arguments {
     #[arg(long, global = true)]
     pub(super) json: bool,
     /// Lowest level that is logged: error, warn, info, debug or trace
-    #[arg(long, global = true, value_name = "LEVEL", default_value = "warn")]
-    pub(super) log_level: tracing::Level,
+    /// [default: warn, of loop info]
+    #[arg(long, global = true, value_name = "LEVEL")]
+    log_level: Option<tracing::Level>,
     /// Form of the log on stderr
     #[arg(long, global = true, value_name = "FORMAT", default_value = "text")]
     pub(super) log_format: LogFormat,
@@ -75,6 +79,8 @@ pub(super) enum Command {
     MakeThin(MakeThinArguments),
     /// Publish an image's layers and make the thin image
     Convert(ConvertArguments),
+    /// Keep the images of a wish list converted
+    Loop(LoopArguments),
 }
 
 #[derive(Debug, Args)]
@@ -191,7 +197,104 @@ pub(super) struct ConvertArguments {
     pub(super) dry_run: bool,
 }
 
+/// The list is a YAML file as for DUCC: `version: 1`, `cvmfs_repo`, `output_format` and the images in `input`, with `*`
+/// in tags. It is read anew before each round.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Logins for registries are those of docker login and podman login; DUCC_AUTH_REGISTRIES and
+DUCC_OUTPUT_REGISTRY_PASS (with the list's user) are taken too.
+
+With --listen there are a status page at /, the same as JSON at /status, metrics at /metrics,
+/healthz, and /webhook for the notifications of Docker registries and Harbor: what was pushed is
+looked at at once.
+
+Examples:
+  docker2cvmfs loop wishes.yaml --dry-run
+  docker2cvmfs loop wishes.yaml --once --json
+  docker2cvmfs loop wishes.yaml --interval 15m --listen 127.0.0.1:8081
+
+Exit codes: as everywhere; with --once 1 if an image failed.")]
+pub(super) struct LoopArguments {
+    /// The wish list
+    #[arg(value_name = "RECIPE")]
+    pub(super) recipe: PathBuf,
+    /// Storage of the repository: a directory or s3://BUCKET/PREFIX [default: /srv/cvmfs/FQRN]
+    #[arg(long, value_name = "STORAGE")]
+    pub(super) storage: Option<String>,
+    /// Directory with the keys of the repository
+    #[arg(long, value_name = "DIR", default_value = "/etc/cvmfs/keys")]
+    pub(super) keys: PathBuf,
+    /// Which images of an index to take: os/architecture[/variant], or all of them with
+    /// one thin index [default: this machine's]
+    #[arg(long, value_name = "PLATFORM|all")]
+    pub(super) platform: Option<PlatformChoice>,
+    #[command(flatten)]
+    pub(super) layout: LayoutArguments,
+    /// Make no thin images
+    #[arg(long, short = 'i')]
+    pub(super) skip_thin_image: bool,
+    /// Only show what would be done
+    #[arg(long)]
+    pub(super) dry_run: bool,
+    /// End after one round
+    #[arg(long)]
+    pub(super) once: bool,
+    /// Time between two rounds
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = duration)]
+    pub(super) interval: Duration,
+    /// How long layers stay that no wish needs any more
+    #[arg(long, value_name = "TIME", default_value = "30d", value_parser = duration)]
+    pub(super) grace: Duration,
+    /// Do not collect garbage after layers were removed
+    #[arg(long)]
+    pub(super) no_gc: bool,
+    /// Images that are fetched at the same time
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(super) parallel: u16,
+    /// Compressed layers that may lie in the spool, in GiB
+    #[arg(long, value_name = "GIB", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub(super) spool_limit: u64,
+    /// Directory for what is remembered between rounds [default: /var/lib/docker2cvmfs/FQRN]
+    #[arg(long, value_name = "DIR")]
+    pub(super) state: Option<PathBuf>,
+    /// Serve status, metrics and notifications
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(super) listen: Option<SocketAddr>,
+    /// File with the token that notifications have to state as Authorization
+    #[arg(long, value_name = "FILE", requires = "listen")]
+    pub(super) token_file: Option<PathBuf>,
+}
+
+/// `90`, `90s`, `15m`, `2h`, `30d`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let seconds = match text.get(digits.len()..).unwrap_or_default() {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        "d" => 86_400,
+        unit => return Err(format!("{unit:?} is no unit of time; there are s, m, h and d")),
+    };
+    let number: u64 = digits.parse().map_err(|_| "a number is wanted, for example 15m".to_owned())?;
+    let seconds = number.checked_mul(seconds).filter(|seconds| *seconds <= 100 * 366 * 86_400);
+    seconds.map(Duration::from_secs).ok_or_else(|| "longer than a hundred years".to_owned())
+}
+
 impl Arguments {
+    /// A loop that runs for months tells what it does.
+    pub(super) fn log_level(&self) -> tracing::Level {
+        let default = match self.command {
+            Some(Command::Loop(_)) => tracing::Level::INFO,
+            _ => tracing::Level::WARN,
+        };
+        self.log_level.unwrap_or(default)
+    }
+
+    /// Whether a registry was named.
+    pub(super) fn has_registry(&self) -> bool {
+        self.registry.is_some()
+    }
+
     /// The registry URL as typed, or the default one.
     pub(super) fn registry_url(&self) -> &str {
         self.registry.as_deref().unwrap_or(DEFAULT_REGISTRY)

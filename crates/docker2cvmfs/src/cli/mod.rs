@@ -1,11 +1,12 @@
-//! The command line: the original's verbs with their arguments and outputs, and
-//! `convert`.
+//! The command line: the original's verbs with their arguments and outputs, `convert`
+//! and `loop`.
 
 mod arguments;
 mod inspect;
 mod publish;
 mod pull;
 mod signals;
+mod wishes;
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -28,7 +29,11 @@ pub fn run() -> ExitCode {
     };
     start_log(&arguments);
     match perform(&arguments) {
-        Ok(text) => print(&text),
+        Ok((text, true)) => print(&text),
+        Ok((text, false)) => {
+            print(&text);
+            ExitCode::FAILURE
+        }
         Err(error) => {
             eprintln!("docker2cvmfs: {}", error.full_message());
             ExitCode::from(error.exit_status().0)
@@ -36,25 +41,28 @@ pub fn run() -> ExitCode {
     }
 }
 
-/// Does what was asked; returns what goes to stdout.
-fn perform(arguments: &Arguments) -> Result<String, ConvertError> {
+/// Does what was asked; returns what goes to stdout, and whether all of it went well.
+fn perform(arguments: &Arguments) -> Result<(String, bool), ConvertError> {
     if arguments.original_version {
-        return Ok(format!("Version:  {}\nCommit:   {}\n", env!("CARGO_PKG_VERSION"), commit()));
+        return Ok((format!("Version:  {}\nCommit:   {}\n", env!("CARGO_PKG_VERSION"), commit()), true));
     }
     let Some(command) = &arguments.command else {
-        return Ok(format!(
-            "Use `docker2cvmfs help` for a list of supported commands.\nRegistry: \n    {}\n",
-            arguments.registry_url()
-        ));
+        let registry = arguments.registry_url();
+        let hint = format!(
+            "Use `docker2cvmfs help` for a list of supported commands.\nRegistry: \n    {registry}\n"
+        );
+        return Ok((hint, true));
     };
-    match command {
+    let text = match command {
+        Command::Loop(wishes) => return wishes::run(arguments, wishes),
         Command::Manifest(image) => inspect::manifest(arguments, image),
         Command::Config(image) => inspect::config(arguments, image),
         Command::Thin(thin) => inspect::thin(arguments, thin),
         Command::Pull(pull) => pull::pull(arguments, pull),
         Command::MakeThin(make_thin) => publish::make_thin(arguments, make_thin),
         Command::Convert(convert) => publish::convert(arguments, convert),
-    }
+    };
+    Ok((text?, true))
 }
 
 fn commit() -> &'static str {
@@ -75,7 +83,7 @@ fn print(text: &str) -> ExitCode {
 }
 
 fn start_log(arguments: &Arguments) {
-    let filter = EnvFilter::new(format!("{},hyper=warn,reqwest=warn", arguments.log_level));
+    let filter = EnvFilter::new(format!("{},hyper=warn,reqwest=warn", arguments.log_level()));
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false);
     match arguments.log_format {
         LogFormat::Text => log.init(),

@@ -4,6 +4,8 @@ use cvmfs_publish::Interrupt;
 use registry::Canceller;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::wishes::Bell;
+
 /// Exit code of a program that was interrupted.
 const INTERRUPTED: i32 = 130;
 
@@ -13,17 +15,29 @@ const INTERRUPTED: i32 = 130;
 pub(super) fn cancel_on_signal(cancellers: &[Canceller], interrupt: Option<&Interrupt>) {
     let cancellers = cancellers.to_vec();
     let interrupt = interrupt.cloned();
+    on_signal(move || {
+        let is_in_time = interrupt.is_none_or(|interrupt| interrupt.request());
+        cancellers.iter().for_each(Canceller::cancel);
+        is_in_time
+    });
+}
+
+/// The same for a loop.
+pub(super) fn stop_on_signal(bell: &Bell) {
+    let bell = bell.clone();
+    on_signal(move || bell.stop());
+}
+
+/// `stop` says whether it came in time.
+fn on_signal(stop: impl FnOnce() -> bool + Send + 'static) {
     let watch = move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
             next_signal().await?;
-            let too_late = interrupt.is_some_and(|interrupt| !interrupt.request());
-            if too_late {
+            eprintln!("docker2cvmfs: stopping");
+            if !stop() {
                 eprintln!("docker2cvmfs: the revision is being published, finishing that");
-            } else {
-                eprintln!("docker2cvmfs: stopping");
             }
-            cancellers.iter().for_each(Canceller::cancel);
             next_signal().await?;
             std::process::exit(INTERRUPTED)
         })

@@ -2,16 +2,17 @@
 
 use std::io::{self, Read};
 
-use cvmfs_publish::{IngestOptions, PublishError, Publisher};
+use cvmfs_publish::{IngestOptions, PublishError, Publisher, Transaction};
 
 use crate::failure::ConvertError;
 use crate::progress::{LayerMeter, Progress};
 use crate::spool::SpooledLayer;
 
 /// What was published.
-pub(super) struct Stored {
-    pub(super) revision: u64,
-    pub(super) bytes_stored: u64,
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Stored {
+    pub(crate) revision: u64,
+    pub(crate) bytes_stored: u64,
 }
 
 /// Ingests layers that are not there yet in one transaction.
@@ -20,39 +21,76 @@ pub(super) fn layers(
     spooled: Vec<SpooledLayer>,
     progress: &Progress,
 ) -> Result<Stored, ConvertError> {
-    // Another conversion may have published some of them since we looked.
-    let mut missing = Vec::with_capacity(spooled.len());
-    for layer in spooled {
-        if !publisher.exists(layer.wanted.path.as_bytes())? {
-            missing.push(layer);
+    let mut ingest = Ingest::begin(publisher, progress)?;
+    for mut layer in spooled {
+        ingest.layer(&mut layer)?;
+    }
+    ingest.commit()
+}
+
+/// Layers on their way into one revision.
+pub(crate) struct Ingest<'a> {
+    transaction: Transaction<'a>,
+    progress: &'a Progress,
+    /// The revision before.
+    revision: u64,
+    /// Layers of this transaction.
+    new: usize,
+}
+
+impl<'a> Ingest<'a> {
+    pub(crate) fn begin(publisher: &'a mut Publisher, progress: &'a Progress) -> Result<Self, ConvertError> {
+        let revision = publisher.head().manifest.revision;
+        Ok(Self { transaction: publisher.begin()?, progress, revision, new: 0 })
+    }
+
+    /// Ingests a layer unless it is there: another conversion may have published it since
+    /// we looked. Returns whether it was new.
+    pub(crate) fn layer(&mut self, layer: &mut SpooledLayer) -> Result<bool, ConvertError> {
+        let path = layer.wanted.path.clone();
+        if self.transaction.exists(path.as_bytes())? {
+            return Ok(false);
         }
-    }
-    if missing.is_empty() {
-        return Ok(Stored { revision: publisher.head().manifest.revision, bytes_stored: 0 });
-    }
-    let options = IngestOptions::of_layer();
-    let mut transaction = publisher.begin()?;
-    for mut layer in missing {
         let digest = layer.wanted.blob.digest.to_string();
         let failed = |cause| match cause {
             PublishError::Interrupted => ConvertError::Interrupted,
             cause => ConvertError::Ingest { digest: digest.clone(), cause },
         };
-        let path = layer.wanted.path.clone();
-        let meter = progress.ingest(&layer.wanted.blob);
+        let meter = self.progress.ingest(&layer.wanted.blob);
         let stream = layer.open().map_err(|cause| failed(PublishError::Input(cause)))?;
         let mut stream = Metered { stream, meter: &meter };
-        let report = transaction.ingest_tar(path.as_bytes(), &mut stream, &options).map_err(failed)?;
+        let options = IngestOptions::of_layer();
+        let report = self.transaction.ingest_tar(path.as_bytes(), &mut stream, &options).map_err(failed)?;
+        self.new += 1;
         // What the archive's reader left, so that the diff id is checked in any case.
         io::copy(&mut stream, &mut io::sink()).map_err(|cause| failed(PublishError::Input(cause)))?;
         for warning in &report.warnings {
             tracing::warn!(layer = digest, "{warning}");
         }
         meter.finish();
+        Ok(true)
     }
-    let report = transaction.commit(None)?;
-    progress.step(&format!("revision {} published", report.revision));
-    Ok(Stored { revision: report.revision, bytes_stored: report.bytes_stored })
+
+    /// Removes a directory, whether it is of this transaction or was there before. Returns
+    /// whether it was there.
+    pub(crate) fn remove(&mut self, path: &str) -> Result<bool, ConvertError> {
+        let is_there = self.transaction.exists(path.as_bytes())?;
+        if is_there {
+            self.transaction.delete(path.as_bytes())?;
+            self.new += 1;
+        }
+        Ok(is_there)
+    }
+
+    /// Publishes, unless nothing changed.
+    pub(crate) fn commit(self) -> Result<Stored, ConvertError> {
+        if self.new == 0 {
+            return Ok(Stored { revision: self.revision, bytes_stored: 0 });
+        }
+        let report = self.transaction.commit(None)?;
+        self.progress.step(&format!("revision {} published", report.revision));
+        Ok(Stored { revision: report.revision, bytes_stored: report.bytes_stored })
+    }
 }
 
 struct Metered<'a, R> {

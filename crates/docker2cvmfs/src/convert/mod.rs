@@ -18,7 +18,8 @@ pub use output::Output;
 pub use report::{ImageReport, LayerReport, LayerState, Report};
 pub use resolve::PlatformChoice;
 
-pub(crate) use plan::Plan;
+pub(crate) use ingest::{Ingest, Stored};
+pub(crate) use plan::{Plan, PlannedLayer};
 pub(crate) use resolve::resolve;
 
 use crate::failure::ConvertError;

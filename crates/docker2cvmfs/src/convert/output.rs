@@ -39,7 +39,7 @@ pub enum Output {
 impl Output {
     /// Finds out before the long work whether writing will be possible: a registry may
     /// want a login, a directory may be missing.
-    pub(super) fn prepare(&self, client: &Client) -> Result<(), ConvertError> {
+    pub(crate) fn prepare(&self, client: &Client) -> Result<(), ConvertError> {
         match self {
             Self::Registry(reference) => Ok(client.check_push(reference)?),
             Self::DockerArchive { file, .. } => {

@@ -65,17 +65,27 @@ impl Plan {
         self.images.iter().flat_map(|image| &image.layers)
     }
 
+    /// The layers, each once.
+    pub(crate) fn distinct_layers(&self) -> Vec<&PlannedLayer> {
+        let mut distinct: Vec<&PlannedLayer> = Vec::new();
+        for layer in self.layers() {
+            if distinct.iter().all(|other| other.blob.digest != layer.blob.digest) {
+                distinct.push(layer);
+            }
+        }
+        distinct
+    }
+
     /// The new layers, each once: an image may apply the same blob twice, and images
     /// share layers.
     pub(crate) fn missing(&self) -> Vec<Wanted> {
-        let mut wanted: Vec<Wanted> = Vec::new();
-        for layer in self.layers().filter(|layer| layer.state == LayerState::New) {
-            if wanted.iter().all(|other| other.blob.digest != layer.blob.digest) {
-                let (blob, diff_id) = (layer.blob.clone(), layer.diff_id.clone());
-                wanted.push(Wanted { blob, diff_id, path: layer.path() });
-            }
-        }
-        wanted
+        let new = self.distinct_layers().into_iter().filter(|layer| layer.state == LayerState::New);
+        new.map(|layer| Wanted {
+            blob: layer.blob.clone(),
+            diff_id: layer.diff_id.clone(),
+            path: layer.path(),
+        })
+        .collect()
     }
 
     /// The thin images. `origin` is what descriptors call the source.

@@ -66,12 +66,10 @@ pub enum LayerState {
 
 impl Report {
     pub(super) fn begin(plan: &Plan, revision: u64) -> Self {
-        let mut layers: Vec<LayerReport> = Vec::new();
-        for layer in plan.layers().map(layer_report) {
-            if plan.images.len() == 1 || layers.iter().all(|other| other.digest != layer.digest) {
-                layers.push(layer);
-            }
-        }
+        let layers: Vec<LayerReport> = match plan.images.as_slice() {
+            [image] => image.layers.iter().map(layer_report).collect(),
+            _ => plan.distinct_layers().into_iter().map(layer_report).collect(),
+        };
         let images =
             if plan.resolved.is_index { plan.images.iter().map(image_report).collect() } else { Vec::new() };
         Self {

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use registry::{Digest, Image, ImageConfig, InvalidPlatform, Platform, RegistryError, Source};
+use registry::{Digest, Image, ImageConfig, ImageSet, InvalidPlatform, Platform, RegistryError, Source};
 
 use crate::failure::ConvertError;
 use crate::thin::is_marked_thin;
@@ -58,6 +58,8 @@ pub(crate) struct Resolved {
     pub(crate) source: Source,
     /// Digest of the document that stands for all of it: of an index, or of the one image.
     pub(crate) digest: Digest,
+    /// Digest of the document that the name led to, which may be an index with more in it.
+    pub(crate) top_digest: Digest,
     /// Whether a choice of images is converted to a choice of images.
     pub(crate) is_index: bool,
     pub(crate) images: Vec<SourceImage>,
@@ -65,15 +67,17 @@ pub(crate) struct Resolved {
 
 /// Fetches the documents of the images wanted.
 pub(crate) fn resolve(source: &Source, choice: &PlatformChoice) -> Result<Resolved, ConvertError> {
-    let (digest, is_index, images) = match choice {
+    let (set, top_digest) = match choice {
         PlatformChoice::All => {
             let set = source.images()?;
-            (set.digest, set.is_index, set.images)
+            let top_digest = set.digest.clone();
+            (set, top_digest)
         }
         PlatformChoice::Host => one(source.image(&Platform::host())?),
         PlatformChoice::One(platform) => one(source.image(platform)?),
     };
-    let mut resolved = Resolved { source: source.clone(), digest, is_index, images: Vec::new() };
+    let ImageSet { digest, is_index, images } = set;
+    let mut resolved = Resolved { source: source.clone(), digest, top_digest, is_index, images: Vec::new() };
     for image in images {
         let (_, config) = source.config(&image.manifest)?;
         let found = &config.platform;
@@ -106,8 +110,9 @@ pub(crate) fn resolve(source: &Source, choice: &PlatformChoice) -> Result<Resolv
     Ok(resolved)
 }
 
-fn one(image: Image) -> (Digest, bool, Vec<Image>) {
-    (image.digest.clone(), false, vec![image])
+fn one(image: Image) -> (ImageSet, Digest) {
+    let top_digest = image.top_digest.clone();
+    (ImageSet { digest: image.digest.clone(), is_index: false, images: vec![image] }, top_digest)
 }
 
 fn unsuitable(source: &Source, reason: &str) -> ConvertError {

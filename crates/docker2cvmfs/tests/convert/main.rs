@@ -6,4 +6,5 @@ mod conversion;
 mod original_verbs;
 mod private_registry;
 mod sources;
+mod wishes;
 mod workplace;

@@ -43,12 +43,18 @@ impl From<Output> for Ran {
 
 impl Workplace {
     pub fn new() -> Self {
+        Self::with(Registry::start().unwrap())
+    }
+
+    pub fn with(registry: Registry) -> Self {
         let directory = ScratchDir::new("docker2cvmfs").unwrap();
         let path = |name: &str| directory.path().join(name);
         let storage = path("storage");
-        create_repository(&NewRepository::new(FQRN, storage.to_str().unwrap(), &path("keys"))).unwrap();
+        let mut new = NewRepository::new(FQRN, storage.to_str().unwrap(), &path("keys"));
+        new.garbage_collectable = true;
+        create_repository(&new).unwrap();
         std::fs::create_dir(path("spool")).unwrap();
-        Self { registry: Registry::start().unwrap(), directory }
+        Self { registry, directory }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {

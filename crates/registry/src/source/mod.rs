@@ -126,12 +126,13 @@ impl Source {
     /// Those of [`manifest`](Self::manifest), and [`RegistryError::NoPlatform`].
     pub fn image(&self, platform: &Platform) -> Result<Image, RegistryError> {
         let mut fetched = self.manifest(None)?;
+        let top_digest = fetched.digest.clone();
         let mut stated = None;
         for _ in 0..=MAX_INDEX_DEPTH {
             match fetched.manifest {
                 Manifest::Image(manifest) => {
                     let (digest, manifest_bytes) = (fetched.digest, fetched.bytes);
-                    return Ok(Image { digest, manifest_bytes, manifest, platform: stated });
+                    return Ok(Image { digest, top_digest, manifest_bytes, manifest, platform: stated });
                 }
                 Manifest::Index(entries) => {
                     let chosen = choose(&entries, platform).ok_or_else(|| RegistryError::NoPlatform {
@@ -155,7 +156,7 @@ impl Source {
         let top = self.manifest(None)?;
         let is_index = matches!(top.manifest, Manifest::Index(_));
         let mut set = ImageSet { digest: top.digest.clone(), is_index, images: Vec::new() };
-        self.collect(top, None, 0, &mut set.images)?;
+        self.collect(top, None, 0, &mut set)?;
         Ok(set)
     }
 
@@ -164,13 +165,14 @@ impl Source {
         fetched: FetchedManifest,
         platform: Option<Platform>,
         depth: u32,
-        found: &mut Vec<Image>,
+        set: &mut ImageSet,
     ) -> Result<(), RegistryError> {
         let entries = match fetched.manifest {
             Manifest::Image(manifest) => {
-                if found.iter().all(|image| image.digest != fetched.digest) {
+                if set.images.iter().all(|image| image.digest != fetched.digest) {
                     let (digest, manifest_bytes) = (fetched.digest, fetched.bytes);
-                    found.push(Image { digest, manifest_bytes, manifest, platform });
+                    let top_digest = set.digest.clone();
+                    set.images.push(Image { digest, top_digest, manifest_bytes, manifest, platform });
                 }
                 return Ok(());
             }
@@ -180,12 +182,12 @@ impl Source {
             return Err(self.too_deep());
         }
         for (entry, platform) in images(&entries) {
-            if found.len() >= MAX_IMAGES {
+            if set.images.len() >= MAX_IMAGES {
                 let reason = format!("the index lists more than {MAX_IMAGES} images");
                 return Err(RegistryError::Configuration { object: self.name.to_string(), reason });
             }
             let next = self.manifest(Some(&entry.descriptor.digest))?;
-            self.collect(next, platform.cloned(), depth + 1, found)?;
+            self.collect(next, platform.cloned(), depth + 1, set)?;
         }
         Ok(())
     }

@@ -1,0 +1,94 @@
+//! What left the list: kept for the grace, then removed from the repository.
+
+use std::collections::HashSet;
+
+use cvmfs_publish::collect::CollectOptions;
+use registry::Reference;
+
+use super::expand::Expanded;
+use super::records::RetiredRecord;
+use super::report::RoundReport;
+use super::round::Round;
+use crate::convert::Ingest;
+use crate::failure::ConvertError;
+
+/// Retires images that nobody wishes for, removes layers whose grace is over, and
+/// collects what only they referred to.
+pub(super) fn unwished(
+    round: &Round<'_>,
+    expanded: &Expanded<'_>,
+    report: &mut RoundReport,
+) -> Result<(), ConvertError> {
+    let now = cvmfs_publish::system_clock();
+    let wished: HashSet<String> = expanded.images.iter().map(|image| image.reference.to_string()).collect();
+    let mut kept = HashSet::new();
+    let mut retired = round.records.retired()?;
+    for record in round.records.images()? {
+        if wished.contains(&record.image) || may_be_wished(&record.image, expanded) {
+            kept.extend(record.layers.into_iter().map(|layer| layer.path));
+            continue;
+        }
+        report.retired += 1;
+        tracing::info!(image = record.image, grace_days = round.request.grace.as_secs() / 86_400, "retired");
+        if round.request.dry_run {
+            retired.push(RetiredRecord { record, since: now });
+        } else {
+            round.records.take_off(&record, now)?;
+        }
+    }
+    if !round.request.dry_run {
+        retired = round.records.retired()?;
+    }
+    let grace = i64::try_from(round.request.grace.as_secs()).unwrap_or(i64::MAX);
+    let (over, waiting): (Vec<_>, Vec<_>) =
+        retired.into_iter().partition(|retired| now.saturating_sub(retired.since) >= grace);
+    kept.extend(waiting.into_iter().flat_map(|retired| retired.record.layers).map(|layer| layer.path));
+    if over.is_empty() {
+        return Ok(());
+    }
+    let mut gone: Vec<&str> = over
+        .iter()
+        .flat_map(|retired| &retired.record.layers)
+        .map(|layer| layer.path.as_str())
+        .filter(|path| !kept.contains(*path))
+        .collect();
+    gone.sort_unstable();
+    gone.dedup();
+    if round.request.dry_run {
+        report.layers_removed = gone.len() as u64;
+        return Ok(());
+    }
+    remove(round, &gone, report)?;
+    for retired in &over {
+        round.records.forget(retired)?;
+    }
+    Ok(())
+}
+
+fn remove(round: &Round<'_>, gone: &[&str], report: &mut RoundReport) -> Result<(), ConvertError> {
+    if gone.is_empty() {
+        return Ok(());
+    }
+    let mut publisher = round.publisher()?;
+    let is_collectable = publisher.head().manifest.garbage_collectable;
+    let mut ingest = Ingest::begin(&mut publisher, round.progress)?;
+    for path in gone {
+        if ingest.remove(path)? {
+            report.layers_removed += 1;
+        }
+    }
+    report.revision = ingest.commit()?.revision;
+    if round.request.collect && is_collectable {
+        report.objects_collected = publisher.collect(&CollectOptions::default())?.objects_removed;
+    }
+    Ok(())
+}
+
+/// Whether an image belongs to a wish whose images are not known in this round.
+fn may_be_wished(image: &str, expanded: &Expanded<'_>) -> bool {
+    let Ok(image) = image.parse::<Reference>() else { return false };
+    expanded.unresolved.iter().any(|unresolved| {
+        let wish = &unresolved.wish.reference;
+        wish.registry == image.registry && wish.repository == image.repository
+    })
+}
