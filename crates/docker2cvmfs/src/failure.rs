@@ -8,6 +8,7 @@ use cvmfs_publish::PublishError;
 use registry::{ErrorKind, RegistryError};
 use thin_image::ThinImageError;
 
+use crate::policy::PolicyError;
 use crate::wishes::RecipeError;
 
 /// Why a conversion failed. The message names the object; causes are chained.
@@ -88,6 +89,19 @@ pub enum ConvertError {
         /// Why, and what to do.
         reason: String,
     },
+    /// The policy does not let the image pass.
+    #[error("{image} is refused by the policy (scope {scope}): {reason}")]
+    Refused {
+        /// The image.
+        image: String,
+        /// The scope of the policy that counts for it.
+        scope: String,
+        /// The requirement that is not met.
+        reason: String,
+    },
+    /// A policy that cannot be used.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
     /// A wish list that cannot be used.
     #[error(transparent)]
     Recipe(#[from] RecipeError),
@@ -131,6 +145,7 @@ impl ExitStatus {
     /// Wrong usage.
     pub const USAGE: Self = Self(2);
     const FAILED: Self = Self(1);
+    const TRUST: Self = Self(3);
     const NETWORK: Self = Self(4);
     const NOT_FOUND: Self = Self(5);
     const OUT_OF_SPACE: Self = Self(6);
@@ -145,7 +160,9 @@ impl ConvertError {
             _ if self.is_interruption() => ExitStatus::INTERRUPTED,
             Self::Registry(RegistryError::Reference(_) | RegistryError::Url { .. })
             | Self::Usage(_)
-            | Self::Recipe(_) => ExitStatus::USAGE,
+            | Self::Recipe(_)
+            | Self::Policy(_) => ExitStatus::USAGE,
+            Self::Refused { .. } => ExitStatus::TRUST,
             Self::Registry(error) => match error.kind() {
                 ErrorKind::Network => ExitStatus::NETWORK,
                 ErrorKind::NotFound => ExitStatus::NOT_FOUND,
@@ -208,6 +225,7 @@ mod tests {
             (RegistryError::NotFound { object: object(), host: host(), detail: String::new() }.into(), 5),
             (RegistryError::Denied { object: object(), host: host(), reason: String::new() }.into(), 1),
             (PublishError::Trust(String::new()).into(), 3),
+            (ConvertError::Refused { image: object(), scope: object(), reason: object() }, 3),
             (ConvertError::Spool { directory: "d".into(), cause: full() }, 6),
             (ConvertError::Output { file: "f".into(), cause: full() }, 6),
             (ConvertError::Interrupted, 130),

@@ -141,6 +141,20 @@ impl Client {
     /// # Errors
     /// Network, not found, denied, or a document that is no manifest.
     pub fn manifest(&self, reference: &Reference) -> Result<FetchedManifest, RegistryError> {
+        let (content_type, bytes) = self.verified_document(reference)?;
+        let manifest = Manifest::parse(content_type.as_deref(), &bytes)
+            .map_err(|cause| RegistryError::Manifest { object: reference.to_string(), cause })?;
+        let digest = reference.digest.clone().unwrap_or_else(|| Digest::sha256_of(&bytes));
+        Ok(FetchedManifest { digest, content_type, bytes, manifest })
+    }
+
+    /// What a registry keeps as manifest, whether it is of an image or not.
+    pub(crate) fn document_at(&self, reference: &Reference) -> Result<Vec<u8>, RegistryError> {
+        self.verified_document(reference).map(|(_, bytes)| bytes)
+    }
+
+    /// A manifest's content type and bytes, held against the digests that are known of it.
+    fn verified_document(&self, reference: &Reference) -> Result<(Option<String>, Vec<u8>), RegistryError> {
         let object = format!("manifest of {reference}");
         let url = self.url(reference, &format!("manifests/{}", reference.selector()))?;
         let host = authority(&url);
@@ -149,7 +163,6 @@ impl Client {
         let (headers, bytes) = self.runtime.block_on(self.document(&call, MAX_MANIFEST_BYTES))?;
         let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
         let served = text("docker-content-digest").and_then(|digest| digest.parse().ok());
-        let found = Digest::sha256_of(&bytes);
         // The registry's own word is checked too: a proxy may have mixed up documents.
         for expected in [reference.digest.clone(), served].into_iter().flatten() {
             let found = digest_like(&expected, &bytes);
@@ -157,11 +170,7 @@ impl Client {
                 return Err(RegistryError::WrongDigest { object, host, expected, found });
             }
         }
-        let content_type = text("content-type");
-        let manifest = Manifest::parse(content_type.as_deref(), &bytes)
-            .map_err(|cause| RegistryError::Manifest { object: reference.to_string(), cause })?;
-        let digest = reference.digest.clone().unwrap_or(found);
-        Ok(FetchedManifest { digest, content_type, bytes, manifest })
+        Ok((text("content-type"), bytes))
     }
 
     /// The digest of the manifest or index behind a reference, as the registry states it:

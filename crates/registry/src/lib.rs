@@ -30,6 +30,7 @@ mod manifest;
 mod platform;
 mod reference;
 mod secret;
+mod signature;
 mod source;
 mod transport;
 
@@ -49,5 +50,6 @@ pub use manifest::{
 pub use platform::{InvalidPlatform, Platform, choose};
 pub use reference::{ImageSource, Reference, ReferenceError, Transport as ReferenceTransport};
 pub use secret::Secret;
+pub use signature::{InvalidPublicKey, PublicKey, SignedStatement, Statement};
 pub use source::{ImageSet, Source};
 pub use transport::Body;

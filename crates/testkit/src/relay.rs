@@ -23,6 +23,15 @@ impl Relay {
     /// Passes connections on to `target`; each piece is late by up to `jitter`, and `loss` in a hundred pieces are
     /// retransmitted.
     pub fn lossy(target: SocketAddr, jitter: Duration, loss: u64) -> Result<Self> {
+        Self::start(target, Link { least: Duration::ZERO, jitter, loss })
+    }
+
+    /// Passes connections on to `target` as over a line with this round trip, for messages of a piece each.
+    pub fn distant(target: SocketAddr, round_trip: Duration) -> Result<Self> {
+        Self::start(target, Link { least: round_trip / 2, jitter: Duration::ZERO, loss: 0 })
+    }
+
+    fn start(target: SocketAddr, link: Link) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let address = listener.local_addr()?;
         let stopping = Arc::new(AtomicBool::new(false));
@@ -34,11 +43,12 @@ impl Relay {
                     return;
                 }
                 let Ok(far) = TcpStream::connect(target) else { continue };
+                let _ = (near.set_nodelay(true), far.set_nodelay(true));
                 let pairs = [(near.try_clone(), far.try_clone()), (Ok(far), Ok(near))];
                 for (from, to) in pairs {
                     let (Ok(from), Ok(to)) = (from, to) else { continue };
                     let dice = Arc::clone(&dice);
-                    thread::spawn(move || pass(from, to, &dice, jitter, loss));
+                    thread::spawn(move || pass(from, to, &dice, link));
                 }
             }
         });
@@ -59,6 +69,14 @@ impl Drop for Relay {
     }
 }
 
+/// How late a piece is: at least `least`, by up to `jitter` more, and by a retransmission in `loss` of a hundred cases.
+#[derive(Debug, Clone, Copy)]
+struct Link {
+    least: Duration,
+    jitter: Duration,
+    loss: u64,
+}
+
 /// The same numbers in every run.
 #[derive(Debug)]
 struct Dice(AtomicU64);
@@ -71,11 +89,11 @@ impl Dice {
     }
 }
 
-fn pass(mut from: TcpStream, mut to: TcpStream, dice: &Dice, jitter: Duration, loss: u64) {
+fn pass(mut from: TcpStream, mut to: TcpStream, dice: &Dice, link: Link) {
     let mut piece = [0; 1448];
     while let Ok(count) = from.read(&mut piece) {
-        let late = Duration::from_millis(dice.below(jitter.as_millis() as u64 + 1));
-        thread::sleep(if dice.below(100) < loss { late + RETRANSMISSION } else { late });
+        let late = link.least + Duration::from_millis(dice.below(link.jitter.as_millis() as u64 + 1));
+        thread::sleep(if dice.below(100) < link.loss { late + RETRANSMISSION } else { late });
         if count == 0 || to.write_all(&piece[..count]).is_err() {
             break;
         }

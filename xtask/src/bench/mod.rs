@@ -1,6 +1,8 @@
 //! Benchmarks, as ratios to the same work without CernVM-FS on the same machine at the same time.
 
+mod archive;
 mod client;
+mod convert;
 mod driver;
 mod publish;
 mod read;
@@ -8,14 +10,16 @@ mod start;
 mod syscall;
 
 use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde::Serialize;
 use testkit::{interrupt, scratch, workspace_root};
 
 use crate::build;
 
-const NAMES: [&str; 5] = ["client", "driver", "publish", "read", "start"];
+const NAMES: [&str; 6] = ["client", "convert", "driver", "publish", "read", "start"];
 
 #[derive(Debug, clap::Args)]
 pub struct Options {
@@ -82,6 +86,13 @@ impl Line {
     }
 }
 
+impl Line {
+    /// A value that nothing native compares to.
+    fn alone(name: &str, unit: &'static str, goal: f64, value: f64) -> Self {
+        Self::new(name, unit, Goal::Within(goal), &[(goal, value)])
+    }
+}
+
 /// Runs the named benchmarks.
 pub fn run(options: &Options) -> Result<()> {
     for name in &options.names {
@@ -127,6 +138,9 @@ fn measure(wanted: impl Fn(&str) -> bool) -> Result<Vec<Line>> {
     }
     if wanted("publish") {
         lines.extend(publish::measure()?);
+    }
+    if wanted("convert") {
+        lines.extend(convert::measure()?);
     }
     if wanted("driver") {
         lines.extend(driver::measure()?);
@@ -178,4 +192,31 @@ mod tests {
         assert!((line.ratio - 0.96).abs() < 1e-9 && line.met);
         assert!(!Line::new("x", "s", Goal::AtMost(0.9), &rounds).met);
     }
+}
+
+/// How often the peak memory of a program is looked at.
+const MEMORY_POLL: Duration = Duration::from_millis(10);
+
+/// Runs a program; seconds, and peak resident memory in MB.
+fn time_and_memory(mut command: Command) -> Result<(f64, f64)> {
+    let started = Instant::now();
+    let mut child = command.stdout(Stdio::null()).spawn()?;
+    let mut megabytes = 0.0_f64;
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        // the process may end in between
+        megabytes = megabytes.max(peak(child.id()).unwrap_or(0.0));
+        std::thread::sleep(MEMORY_POLL);
+    };
+    ensure!(status.success(), "{command:?} failed");
+    Ok((started.elapsed().as_secs_f64(), megabytes))
+}
+
+fn peak(pid: u32) -> Result<f64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no such field")?;
+    let kilobytes: f64 = line.trim().trim_end_matches(" kB").parse()?;
+    Ok(kilobytes / 1024.0)
 }

@@ -5,29 +5,22 @@
 //! does the work.
 
 use std::cell::{Cell, RefCell};
-use std::fs::File;
-use std::io::{BufWriter, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::Result;
 use testkit::tar::TarBuilder;
 use testkit::{Published, ScratchDir, binary, interrupt, process};
 
+use super::archive::{self, Archive, ROOT};
 use super::{Goal, Line};
 
 const ROUNDS: usize = 3;
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(600);
-/// How often the peak memory of a publisher is looked at.
-const MEMORY_POLL: Duration = Duration::from_millis(10);
 /// Files and bytes of each.
 const SMALL: (usize, usize) = (20_000, 4096);
 const LARGE: (usize, usize) = (8, 64 << 20);
-/// A root file system with a scientific Python: entries, and bytes in all; files of `/usr`, and made ones if they do
-/// not suffice. None is larger than this.
-const ROOT: (usize, u64) = (45_000, 1_240_000_000);
-const ROOT_LARGEST: u64 = 40 << 20;
 /// The large repository: directories, and files in each.
 const MILLION: (usize, usize) = (10_000, 100);
 const CHANGED: usize = 10;
@@ -45,7 +38,7 @@ pub fn measure() -> Result<Vec<Line>> {
     let large = work.archive("large", &mut (0..LARGE.0).map(|_| LARGE.1))?;
     let (rounds, megabytes) = work.rounds(&large, ROUNDS)?;
     lines.push(Line::new("publish 8 x 64 MiB", "s", Goal::Within(2.5), &rounds));
-    lines.push(alone("the same, peak memory", "MB", 120.0, megabytes));
+    lines.push(Line::alone("the same, peak memory", "MB", 120.0, megabytes));
     lines.extend(work.root()?);
     lines.push(work.million()?);
     Ok(lines)
@@ -98,7 +91,8 @@ impl Work {
     /// The root file system: new, once more with nothing new, and checked.
     fn root(&self) -> Result<Vec<Line>> {
         eprintln!("preparing a root file system of {} entries", ROOT.0);
-        let archive = self.root_archive()?;
+        let archive = self.directory.join("root.tar");
+        archive::root(std::slice::from_ref(&archive))?;
         let repository = Published::create("bench.example.org")?;
         let native = self.unpack(&archive)?;
         rustix::fs::sync();
@@ -113,8 +107,8 @@ impl Work {
         self.keep(repository);
         Ok(vec![
             Line::new("publish a root of 45,000 entries", "s", Goal::Within(10.0), &[(native, first)]),
-            alone("the same again, nothing new", "s", 2.0, again),
-            alone("check of it", "s", 5.0, check),
+            Line::alone("the same again, nothing new", "s", 2.0, again),
+            Line::alone("check of it", "s", 5.0, check),
         ])
     }
 
@@ -146,7 +140,7 @@ impl Work {
             std::fs::write(&archive, tar.finish())?;
             seconds.push(publish(&repository, "base", &archive)?.0);
         }
-        Ok(alone("10 of 1,000,000 files changed", "s", 1.0, super::median(seconds)))
+        Ok(Line::alone("10 of 1,000,000 files changed", "s", 1.0, super::median(seconds)))
     }
 
     /// An archive of files of these sizes, a hundred in a directory, each half random and half text.
@@ -159,93 +153,6 @@ impl Work {
         archive.finish()?;
         Ok(path)
     }
-
-    fn root_archive(&self) -> Result<PathBuf> {
-        let path = self.directory.join("root.tar");
-        let mut archive = Archive::create(&path)?;
-        archive.real(Path::new("/usr"))?;
-        eprintln!(
-            "{} of {} entries are files of /usr, {} MB",
-            archive.files,
-            ROOT.0,
-            archive.bytes / 1_000_000
-        );
-        while archive.files < ROOT.0 {
-            let left = ROOT.1.saturating_sub(archive.bytes) / (ROOT.0 - archive.files) as u64;
-            archive.made(left as usize)?;
-        }
-        archive.finish()?;
-        Ok(path)
-    }
-}
-
-/// An archive that is being written.
-struct Archive {
-    out: BufWriter<File>,
-    files: usize,
-    bytes: u64,
-    random: u64,
-}
-
-impl Archive {
-    fn create(path: &Path) -> Result<Self> {
-        let out = BufWriter::new(File::create(path)?);
-        Ok(Self { out, files: 0, bytes: 0, random: 0x9e37_79b9_7f4a_7c15 })
-    }
-
-    /// Adds a file that is half random and half text.
-    fn made(&mut self, size: usize) -> Result<()> {
-        let number = self.files;
-        let mut content: Vec<u8> = (0..size / 16).flat_map(|_| self.word().to_le_bytes()).collect();
-        while content.len() < size {
-            writeln!(content, "line {number} of some text that compresses")?;
-        }
-        content.truncate(size);
-        self.file(&format!("d{:04}/f{number:06}", number / 100), &content)
-    }
-
-    /// Adds the regular files below a directory, in the order of their paths, until there are enough.
-    fn real(&mut self, directory: &Path) -> Result<()> {
-        let mut items = std::fs::read_dir(directory)?.collect::<Result<Vec<_>, _>>()?;
-        items.sort_by_key(std::fs::DirEntry::file_name);
-        for item in items {
-            let found = item.metadata()?;
-            if self.files >= ROOT.0 || self.bytes >= ROOT.1 {
-                break;
-            } else if found.is_dir() {
-                self.real(&item.path())?;
-            } else if found.is_file() && found.len() <= ROOT_LARGEST {
-                let content = std::fs::read(item.path())?;
-                if let Some(path) = item.path().to_str() {
-                    self.file(path.trim_start_matches('/'), &content)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn file(&mut self, path: &str, content: &[u8]) -> Result<()> {
-        interrupt::check()?;
-        let one = TarBuilder::new().file(path, 0o644, content).finish();
-        // An archive ends with two empty blocks.
-        let end = one.len() - 1024;
-        self.out.write_all(one.get(..end).context("an archive has an end")?)?;
-        self.files += 1;
-        self.bytes += content.len() as u64;
-        Ok(())
-    }
-
-    fn word(&mut self) -> u64 {
-        self.random =
-            self.random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        self.random ^ (self.random >> 29)
-    }
-
-    fn finish(mut self) -> Result<()> {
-        self.out.write_all(&[0; 1024])?;
-        self.out.flush()?;
-        Ok(())
-    }
 }
 
 /// Publishes an archive; seconds, and peak resident memory in MB.
@@ -253,29 +160,5 @@ fn publish(repository: &Published, base: &str, archive: &Path) -> Result<(f64, f
     let mut command = Command::new(binary("cvmfs-publish"));
     command.args(["ingest", &repository.fqrn, "--base", base, "--tar"]).arg(archive);
     command.arg("--storage").arg(&repository.storage).arg("--keys").arg(&repository.keys);
-    let started = Instant::now();
-    let mut child = command.stdout(Stdio::null()).spawn()?;
-    let mut megabytes = 0.0_f64;
-    let status = loop {
-        if let Some(status) = child.try_wait()? {
-            break status;
-        }
-        // the process may end in between
-        megabytes = megabytes.max(peak(child.id()).unwrap_or(0.0));
-        std::thread::sleep(MEMORY_POLL);
-    };
-    ensure!(status.success(), "publishing {} failed", archive.display());
-    Ok((started.elapsed().as_secs_f64(), megabytes))
-}
-
-fn peak(pid: u32) -> Result<f64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no such field")?;
-    let kilobytes: f64 = line.trim().trim_end_matches(" kB").parse()?;
-    Ok(kilobytes / 1024.0)
-}
-
-/// A value that nothing native compares to.
-fn alone(name: &str, unit: &'static str, goal: f64, value: f64) -> Line {
-    Line::new(name, unit, Goal::Within(goal), &[(goal, value)])
+    super::time_and_memory(command)
 }

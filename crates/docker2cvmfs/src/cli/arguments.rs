@@ -137,6 +137,10 @@ pub(super) struct LayoutArguments {
     /// Directory for downloads, needs room for the compressed layers [default: $TMPDIR, else /var/tmp]
     #[arg(long, value_name = "DIR")]
     pub(super) spool: Option<PathBuf>,
+    /// File with the signatures and digests that images need, in the form of podman's
+    /// policy.json; what it refuses is not published
+    #[arg(long, value_name = "FILE")]
+    pub(super) policy: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

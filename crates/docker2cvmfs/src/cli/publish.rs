@@ -32,6 +32,7 @@ pub(super) fn convert(arguments: &Arguments, convert: &ConvertArguments) -> Resu
         layout: Layout::layers(&convert.layout.subdirectory),
         output,
         spool: convert.layout.spool.clone(),
+        policy: convert.layout.policy.clone(),
         dry_run: convert.dry_run,
     };
     run(arguments, &request)
@@ -52,6 +53,7 @@ pub(super) fn make_thin(
         layout: Layout::layers(&make_thin.layout.subdirectory),
         output: Some(Output::Docker { name: make_thin.output_reference.clone() }),
         spool: make_thin.layout.spool.clone(),
+        policy: make_thin.layout.policy.clone(),
         dry_run: false,
     };
     run(arguments, &request)

@@ -28,6 +28,7 @@ pub(super) fn pull(arguments: &Arguments, pull: &PullArguments) -> Result<String
                 layout: Layout::layers(&pull.layout.subdirectory),
                 output: None,
                 spool: pull.layout.spool.clone(),
+                policy: pull.layout.policy.clone(),
                 dry_run: false,
             },
         ),

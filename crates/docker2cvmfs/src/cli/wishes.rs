@@ -26,6 +26,7 @@ pub(super) fn run(arguments: &Arguments, loop_: &LoopArguments) -> Result<(Strin
         thin_images: !loop_.skip_thin_image,
         state: loop_.state.clone(),
         spool: loop_.layout.spool.clone(),
+        policy: loop_.layout.policy.clone(),
         spool_limit: loop_.spool_limit << 30,
         parallel: usize::from(loop_.parallel),
         grace: loop_.grace,

@@ -20,9 +20,10 @@ pub use resolve::PlatformChoice;
 
 pub(crate) use ingest::{Ingest, Stored};
 pub(crate) use plan::{Plan, PlannedLayer};
-pub(crate) use resolve::resolve;
+pub(crate) use resolve::{Resolved, resolve};
 
 use crate::failure::ConvertError;
+use crate::policy::Policy;
 use crate::progress::Progress;
 use crate::published::Published;
 use crate::spool;
@@ -49,6 +50,8 @@ pub struct ConvertRequest {
     pub output: Option<Output>,
     /// Directory for downloaded layers; see `--spool`.
     pub spool: Option<PathBuf>,
+    /// File with what has to be true of the image before it is published.
+    pub policy: Option<PathBuf>,
     /// Only say what would be done.
     pub dry_run: bool,
 }
@@ -75,8 +78,12 @@ impl Conversion<'_> {
     pub fn run(&self, request: &ConvertRequest) -> Result<Report, ConvertError> {
         let started = Instant::now();
         let spool = spool::directory(request.spool.as_deref());
+        let policy = request.policy.as_deref().map(Policy::read).transpose()?;
         let source = Source::open(&request.image, self.source, &spool)?;
         let resolved = resolve(&source, &request.platform)?;
+        if let Some(policy) = &policy {
+            policy.check(&resolved)?;
+        }
         let mut plan = Plan::new(resolved, &request.fqrn, &request.layout)?;
         if let Some(output) = &request.output {
             output.suits(&plan)?;

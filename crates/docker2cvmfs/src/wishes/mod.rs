@@ -48,6 +48,7 @@ pub use server::Token;
 
 use crate::convert::{Layout, PlatformChoice};
 use crate::failure::ConvertError;
+use crate::policy::Policy;
 use crate::progress::Progress;
 use bell::Ring;
 use records::Records;
@@ -77,6 +78,9 @@ pub struct LoopRequest {
     pub state: Option<PathBuf>,
     /// Directory for downloaded layers; see `--spool`.
     pub spool: Option<PathBuf>,
+    /// File with what has to be true of an image before it is published; read before each
+    /// round.
+    pub policy: Option<PathBuf>,
     /// Compressed bytes of layers that may lie in the spool.
     pub spool_limit: u64,
     /// Images that are fetched at the same time.
@@ -162,6 +166,7 @@ fn one_round(
     notices: Option<&[Notice]>,
 ) -> Result<RoundReport, ConvertError> {
     let recipe = Recipe::read(&request.recipe)?;
+    let policy = request.policy.as_deref().map(Policy::read).transpose()?;
     for warning in &recipe.warnings {
         tracing::warn!(list = %request.recipe.display(), "{warning}");
     }
@@ -174,7 +179,17 @@ fn one_round(
     let interrupt = Interrupt::default();
     bell.ends(&interrupt, &[source.canceller(), target.canceller()]);
     let (source, target) = (&source, &target);
-    Round { request, recipe: &recipe, records, source, target, interrupt: &interrupt, progress }.run(notices)
+    let round = Round {
+        request,
+        recipe: &recipe,
+        policy: policy.as_ref(),
+        records,
+        source,
+        target,
+        interrupt: &interrupt,
+        progress,
+    };
+    round.run(notices)
 }
 
 /// Logins of the user, and those that DUCC takes from the environment.

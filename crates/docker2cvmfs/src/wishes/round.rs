@@ -21,6 +21,7 @@ use super::report::{ImageOutcome, ImageState, RoundReport};
 use super::{LoopRequest, retire, work};
 use crate::convert::{Output, Plan, resolve};
 use crate::failure::ConvertError;
+use crate::policy::Policy;
 use crate::progress::Progress;
 use crate::published::Published;
 use crate::spool;
@@ -34,6 +35,7 @@ const QUESTIONS: usize = 16;
 pub(super) struct Round<'a> {
     pub(super) request: &'a LoopRequest,
     pub(super) recipe: &'a Recipe,
+    pub(super) policy: Option<&'a Policy>,
     pub(super) records: &'a Records,
     /// The sources' registries.
     pub(super) source: &'a Client,
@@ -176,6 +178,9 @@ impl Round<'_> {
         let source = ImageSource::Registry(image.reference.clone());
         let source = Source::open(&source, self.source, &self.spool())?;
         let resolved = resolve(&source, &self.request.platform)?;
+        if let Some(policy) = self.policy {
+            policy.check(&resolved)?;
+        }
         Plan::new(resolved, &self.recipe.fqrn, &self.request.layout)
     }
 

@@ -5,6 +5,7 @@ mod bad_input;
 mod conversion;
 mod original_verbs;
 mod private_registry;
+mod signatures;
 mod sources;
 mod wishes;
 mod workplace;

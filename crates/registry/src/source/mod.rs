@@ -18,6 +18,7 @@ use crate::error::RegistryError;
 use crate::manifest::{Descriptor, ImageManifest, Manifest};
 use crate::platform::{Platform, choose, images, offered};
 use crate::reference::{ImageSource, Reference};
+use crate::signature::SignedStatement;
 use docker_archive::DockerArchive;
 use oci_directory::OciDirectory;
 
@@ -89,6 +90,17 @@ impl Source {
             Kept::Registry(reference) => Some(reference.clone()),
             Kept::Directory(directory) => directory.reference(),
             Kept::Archive(archive) => archive.reference(),
+        }
+    }
+
+    /// The signatures that the source keeps of a manifest or index. Local sources keep none.
+    ///
+    /// # Errors
+    /// Network, denied, or an artifact that cannot be read.
+    pub fn signatures(&self, digest: &Digest) -> Result<Vec<SignedStatement>, RegistryError> {
+        match &self.kept {
+            Kept::Registry(reference) => self.client.signatures(reference, digest),
+            Kept::Directory(_) | Kept::Archive(_) => Ok(Vec::new()),
         }
     }
 
@@ -268,7 +280,7 @@ impl Source {
 }
 
 /// The registry's error behind an error of reading a blob.
-fn failure(object: &str, error: io::Error) -> RegistryError {
+pub(crate) fn failure(object: &str, error: io::Error) -> RegistryError {
     match error.downcast::<RegistryError>() {
         Ok(error) => error,
         Err(cause) => RegistryError::Local { object: object.to_owned(), cause },
