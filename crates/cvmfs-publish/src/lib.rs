@@ -12,6 +12,7 @@
 //! | [`head`] | the published state and its chain of trust |
 //! | `ingest`, `tree`, `pipeline` | from an input to objects and a tree |
 //! | `workspace`, `apply` | private copies of catalogs, and a tree applied to them |
+//! | `stack` | layers merged into one tree by their catalogs |
 //! | `balance`, `dirtab` | which directories become nested catalogs |
 //! | `publisher`, `commit` | transactions; from changed catalogs to a signed revision |
 //! | `create`, [`revisions`] | new repositories; tags, rollback, renewing signatures |
@@ -49,6 +50,7 @@ pub mod revisions;
 pub mod serve;
 pub mod server_conf;
 pub mod settings;
+mod stack;
 pub mod storage;
 mod tree;
 mod workspace;

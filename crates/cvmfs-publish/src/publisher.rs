@@ -38,6 +38,7 @@ use crate::keys::{KeyFiles, ReleaseKeys};
 use crate::path::{RepositoryPath, parent_of};
 use crate::pipeline::{Counters, Encoding, Pipeline};
 use crate::settings::{Settings, validated};
+use crate::stack::Stack;
 use crate::storage::{self, Storage, StorageLock};
 use crate::tree::{Existing, LayerTree, Lookup, Meta};
 use crate::workspace::{MARKER, Workspace, joined};
@@ -272,6 +273,27 @@ impl Transaction<'_> {
         options: &IngestOptions,
     ) -> Result<IngestReport, PublishError> {
         self.ingest(base, options, |_, tree, sink| read_directory(directory, tree, sink))
+    }
+
+    /// Makes at `base` the tree that overlayfs shows for `layers`, directories of this repository, the lowest first;
+    /// a catalog of its own. Rows are copied, contents shared. `base` must not exist. Returns the number of entries.
+    pub fn stack_layers(&mut self, base: &[u8], layers: &[&[u8]]) -> Result<u64, PublishError> {
+        if self.exists(base)? {
+            let base = shown(RepositoryPath::parse(base)?.as_bytes());
+            return Err(PublishError::Usage(format!("{base} is there already")));
+        }
+        // An archive without entries makes the directory and its catalog.
+        self.ingest_tar(base, &[0_u8; 1024][..], &IngestOptions::of_layer())?;
+        let base = RepositoryPath::parse(base)?;
+        let layers = layers.iter().map(|path| RepositoryPath::parse(path)).collect::<Result<Vec<_>, _>>()?;
+        let layers: Vec<&[u8]> = layers.iter().map(RepositoryPath::as_bytes).collect();
+        self.unfinished = true;
+        let interrupt = &self.publisher.options.interrupt;
+        let mut stack = Stack { workspace: &mut self.workspace, interrupt, entries: 0 };
+        stack.at(base.as_bytes(), &layers)?;
+        let entries = stack.entries;
+        self.unfinished = false;
+        Ok(entries)
     }
 
     /// Whether there is an entry at `path` with the changes so far.

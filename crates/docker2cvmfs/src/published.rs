@@ -4,12 +4,11 @@
 //! the layer is there. The signatures are verified first: an answer from a forged
 //! catalog would make us skip layers.
 
-use std::fs::File;
-use std::io::{BufWriter, Read, Write as _};
+use std::io::{BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use cvmfs_format::catalog::Catalog;
+use cvmfs_format::catalog::{Catalog, Entry, EntryKind};
 use cvmfs_format::{Compression, ContentHash, Hasher, Inflater, ObjectKind, ObjectName, PathHash};
 use cvmfs_publish::head::Head;
 use cvmfs_publish::keys::KeyFiles;
@@ -54,6 +53,32 @@ impl Published {
 
     /// Whether there is a directory at an absolute path in normal form.
     pub(crate) fn has_directory(&mut self, path: &str) -> Result<bool, ConvertError> {
+        Ok(self.lookup(path)?.is_some_and(|entry| entry.is_directory()))
+    }
+
+    /// Whether there is an entry at an absolute path in normal form.
+    pub(crate) fn exists(&mut self, path: &str) -> Result<bool, ConvertError> {
+        Ok(self.lookup(path)?.is_some())
+    }
+
+    /// The target of the symbolic link at a path, if there is one.
+    pub(crate) fn symlink(&mut self, path: &str) -> Result<Option<String>, ConvertError> {
+        let link = self.lookup(path)?.filter(|entry| entry.kind() == EntryKind::Symlink);
+        Ok(link.and_then(|entry| String::from_utf8(entry.symlink).ok()))
+    }
+
+    /// The content of the file at a path, if there is one in one piece of at most `limit`
+    /// bytes.
+    pub(crate) fn file(&mut self, path: &str, limit: u64) -> Result<Option<Vec<u8>>, ConvertError> {
+        let file = self.lookup(path)?.filter(|entry| entry.kind() == EntryKind::File && entry.size <= limit);
+        let Some(Entry { hash: Some(hash), flags, .. }) = file else { return Ok(None) };
+        let compression = flags.compression().unwrap_or(Compression::Zlib);
+        let mut bytes = Vec::new();
+        self.unpack(&ObjectName::new(hash, ObjectKind::File), compression, limit, &mut bytes)?;
+        Ok(Some(bytes))
+    }
+
+    fn lookup(&mut self, path: &str) -> Result<Option<Entry>, ConvertError> {
         let path = path.as_bytes();
         for _ in 0..MAX_DEPTH {
             let (mountpoint, catalog) = self.deepest_for(path);
@@ -61,8 +86,7 @@ impl Published {
             match nested.filter(|nested| nested.path.len() > mountpoint.len() && nested.path != path) {
                 Some(nested) => self.load(nested.path, nested.hash)?,
                 None => {
-                    let entry = catalog.lookup(PathHash::of(path)).map_err(|error| damaged(path, &error))?;
-                    return Ok(entry.is_some_and(|entry| entry.is_directory()));
+                    return catalog.lookup(PathHash::of(path)).map_err(|error| damaged(path, &error));
                 }
             }
         }
@@ -84,7 +108,10 @@ impl Published {
         let name = ObjectName::new(hash, ObjectKind::Catalog);
         let spool = |cause| ConvertError::Spool { directory: self.spool.clone(), cause };
         let mut file = NamedTempFile::new_in(&self.spool).map_err(spool)?;
-        self.unpack(&name, file.as_file_mut())?;
+        let mut output = BufWriter::new(file.as_file_mut());
+        self.unpack(&name, Compression::Zlib, MAX_CATALOG_BYTES, &mut output)?;
+        output.flush().map_err(spool)?;
+        drop(output);
         let catalog = Catalog::open(file.path()).map_err(|error| damaged(name.path().as_bytes(), &error))?;
         // The catalog keeps the file open; without a name, nothing of it can be left behind.
         file.close().map_err(spool)?;
@@ -92,27 +119,30 @@ impl Published {
         Ok(())
     }
 
-    /// Unpacks an object into a file, verifying its hash.
-    fn unpack(&self, name: &ObjectName, to: &mut File) -> Result<(), ConvertError> {
+    /// Unpacks an object, verifying its hash.
+    fn unpack(
+        &self,
+        name: &ObjectName,
+        compression: Compression,
+        limit: u64,
+        output: &mut impl Write,
+    ) -> Result<(), ConvertError> {
         let object = name.path();
-        let spool = |cause| ConvertError::Spool { directory: self.spool.clone(), cause };
         let broken = |error: &dyn std::fmt::Display| damaged(object.as_bytes(), error);
         let mut stored = self.storage.open_object(name).map_err(PublishError::from)?;
-        let mut output = BufWriter::new(to);
         let mut hasher = Hasher::new(name.hash.algorithm);
-        let mut inflater = Inflater::new(Compression::Zlib, MAX_CATALOG_BYTES);
+        let mut inflater = Inflater::new(compression, limit);
         let mut piece = vec![0; 256 << 10];
         loop {
             let length = stored.read(&mut piece).map_err(|error| broken(&error))?;
             let Some(bytes) = piece.get(..length).filter(|bytes| !bytes.is_empty()) else { break };
             hasher.update(bytes);
-            inflater.write(bytes, &mut output).map_err(|error| broken(&error))?;
+            inflater.write(bytes, &mut *output).map_err(|error| broken(&error))?;
         }
         if hasher.finish() != name.hash {
             return Err(broken(&"the stored bytes do not have the hash that is their name"));
         }
-        inflater.finish().map_err(|error| broken(&error))?;
-        output.flush().map_err(spool)
+        inflater.finish().map(drop).map_err(|error| broken(&error))
     }
 }
 

@@ -38,6 +38,8 @@ pub(crate) struct Wanted {
 #[derive(Debug)]
 pub(crate) struct SpooledLayer {
     pub(crate) wanted: Wanted,
+    /// Bytes that it unpacks to.
+    pub(crate) plain_bytes: u64,
     blob: File,
 }
 
@@ -121,21 +123,22 @@ fn fetch(
         root_cause: root_cause.clone(),
         meter: &meter,
     };
-    let file = check(blob, wanted, &root_cause).map_err(|fault| match (root_cause.take(), fault) {
-        (Some(Cause::Spool(cause)), _) => spool_error(cause),
-        (Some(Cause::Registry(error)), _) => error.into(),
-        (Some(Cause::Layer(cause)), _) => RegistryError::Layer {
-            object: format!("layer {} of {}", wanted.blob.digest, source.name()),
-            cause,
-        }
-        .into(),
-        (None, Fault::Archive(cause)) => {
-            ConvertError::Archive { digest: wanted.blob.digest.to_string(), cause }
-        }
-        (None, Fault::Stream(cause)) => spool_error(cause),
-    })?;
+    let (file, plain_bytes) =
+        check(blob, wanted, &root_cause).map_err(|fault| match (root_cause.take(), fault) {
+            (Some(Cause::Spool(cause)), _) => spool_error(cause),
+            (Some(Cause::Registry(error)), _) => error.into(),
+            (Some(Cause::Layer(cause)), _) => RegistryError::Layer {
+                object: format!("layer {} of {}", wanted.blob.digest, source.name()),
+                cause,
+            }
+            .into(),
+            (None, Fault::Archive(cause)) => {
+                ConvertError::Archive { digest: wanted.blob.digest.to_string(), cause }
+            }
+            (None, Fault::Stream(cause)) => spool_error(cause),
+        })?;
     meter.finish();
-    Ok(SpooledLayer { wanted: wanted.clone(), blob: file })
+    Ok(SpooledLayer { wanted: wanted.clone(), plain_bytes, blob: file })
 }
 
 /// Where reading a layer stopped. If the root cause lies below the archive, it was noted.
@@ -144,18 +147,22 @@ enum Fault {
     Stream(io::Error),
 }
 
-/// Reads a whole layer the way the publisher will; gives back the spool file.
-fn check<R: Read>(blob: Tee<'_, R>, wanted: &Wanted, root_cause: &RootCause) -> Result<File, Fault> {
+/// Reads a whole layer the way the publisher will; gives back the spool file, and how much
+/// the layer unpacks to.
+fn check<R: Read>(blob: Tee<'_, R>, wanted: &Wanted, root_cause: &RootCause) -> Result<(File, u64), Fault> {
     let stream = LayerStream::new(blob, &wanted.diff_id, MAX_LAYER_BYTES)
         .map_err(|error| Fault::Stream(root_cause.note(error)))?;
     let mut stream = Noting { stream, root_cause: root_cause.clone() };
     let outcome = read_archive(&mut stream);
+    let plain_bytes = stream.stream.plain_bytes();
     let mut blob = stream.stream.into_blob();
     if let Err(fault) = outcome {
         blob.look_for_deeper_cause();
         return Err(fault);
     }
-    blob.file.into_inner().map_err(|error| Fault::Stream(root_cause.note_spool(error.into_error())))
+    let file = blob.file.into_inner();
+    let file = file.map_err(|error| Fault::Stream(root_cause.note_spool(error.into_error())))?;
+    Ok((file, plain_bytes))
 }
 
 fn read_archive(stream: &mut impl Read) -> Result<(), Fault> {

@@ -9,7 +9,7 @@ use registry::{
     Client, ClientSettings, Endpoint, ImageSource, Platform, Reference, ReferenceTransport, RegistryError,
 };
 
-use crate::convert::PlatformChoice;
+use crate::convert::{Layout, PlatformChoice};
 use crate::failure::ConvertError;
 
 /// The registry of the original if none is named.
@@ -129,11 +129,24 @@ pub(super) struct PullArguments {
     pub(super) layout: LayoutArguments,
 }
 
+/// The form in which a repository holds images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum LayoutName {
+    /// SUBDIRECTORY/DIGEST for each layer
+    Layers,
+    /// As DUCC writes it: .layers, .flat, .metadata, and a link with each image's name
+    Unpacked,
+}
+
 #[derive(Debug, Args)]
 pub(super) struct LayoutArguments {
     /// Directory in the repository that holds the layers
     #[arg(long, short, value_name = "PATH", default_value = "layers")]
-    pub(super) subdirectory: String,
+    subdirectory: String,
+    /// Form in which the repository holds images; the containerd snapshotter and Apptainer
+    /// read `unpacked`
+    #[arg(long, value_name = "LAYOUT", default_value = "layers")]
+    layout: LayoutName,
     /// Directory for downloads, needs room for the compressed layers [default: $TMPDIR, else /var/tmp]
     #[arg(long, value_name = "DIR")]
     pub(super) spool: Option<PathBuf>,
@@ -199,6 +212,15 @@ pub(super) struct ConvertArguments {
     /// Only say what would be done
     #[arg(long)]
     pub(super) dry_run: bool,
+}
+
+impl LayoutArguments {
+    pub(super) fn layout(&self) -> Layout {
+        match self.layout {
+            LayoutName::Layers => Layout::layers(&self.subdirectory),
+            LayoutName::Unpacked => Layout::Unpacked,
+        }
+    }
 }
 
 /// The list is a YAML file as for DUCC: `version: 1`, `cvmfs_repo`, `output_format` and the images in `input`, with `*`

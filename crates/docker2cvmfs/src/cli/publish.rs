@@ -5,7 +5,7 @@ use registry::{Client, ClientSettings, ImageSource, Reference};
 
 use super::arguments::{Arguments, ConvertArguments, MakeThinArguments, PlatformArgument};
 use super::signals;
-use crate::convert::{Conversion, ConvertRequest, Layout, Output, PlatformChoice};
+use crate::convert::{Conversion, ConvertRequest, Output, PlatformChoice};
 use crate::failure::ConvertError;
 use crate::progress::Progress;
 
@@ -29,7 +29,7 @@ pub(super) fn convert(arguments: &Arguments, convert: &ConvertArguments) -> Resu
         fqrn: convert.repository.clone(),
         storage: convert.storage.clone(),
         keys: convert.keys.clone(),
-        layout: Layout::layers(&convert.layout.subdirectory),
+        layout: convert.layout.layout(),
         output,
         spool: convert.layout.spool.clone(),
         policy: convert.layout.policy.clone(),
@@ -50,7 +50,7 @@ pub(super) fn make_thin(
         storage: make_thin.storage.clone().unwrap_or_else(|| format!("/srv/cvmfs/{fqrn}")),
         fqrn,
         keys: make_thin.keys.clone(),
-        layout: Layout::layers(&make_thin.layout.subdirectory),
+        layout: make_thin.layout.layout(),
         output: Some(Output::Docker { name: make_thin.output_reference.clone() }),
         spool: make_thin.layout.spool.clone(),
         policy: make_thin.layout.policy.clone(),

@@ -9,7 +9,7 @@ use tempfile::NamedTempFile;
 
 use super::arguments::{Arguments, PullArguments};
 use super::{inspect, publish};
-use crate::convert::{ConvertRequest, Layout};
+use crate::convert::ConvertRequest;
 use crate::failure::ConvertError;
 use crate::progress::Progress;
 
@@ -25,7 +25,7 @@ pub(super) fn pull(arguments: &Arguments, pull: &PullArguments) -> Result<String
                 fqrn: fqrn.clone(),
                 storage: storage.clone(),
                 keys: keys.clone(),
-                layout: Layout::layers(&pull.layout.subdirectory),
+                layout: pull.layout.layout(),
                 output: None,
                 spool: pull.layout.spool.clone(),
                 policy: pull.layout.policy.clone(),

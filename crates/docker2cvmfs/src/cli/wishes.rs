@@ -4,7 +4,6 @@ use std::path::Path;
 
 use super::arguments::{Arguments, LoopArguments};
 use super::signals;
-use crate::convert::Layout;
 use crate::failure::ConvertError;
 use crate::progress::Progress;
 use crate::wishes::{self, Bell, LoopRequest, Token};
@@ -22,7 +21,7 @@ pub(super) fn run(arguments: &Arguments, loop_: &LoopArguments) -> Result<(Strin
         storage: loop_.storage.clone(),
         keys: loop_.keys.clone(),
         platform: loop_.platform.clone().unwrap_or_default(),
-        layout: Layout::layers(&loop_.layout.subdirectory),
+        layout: loop_.layout.layout(),
         thin_images: !loop_.skip_thin_image,
         state: loop_.state.clone(),
         spool: loop_.layout.spool.clone(),

@@ -4,8 +4,13 @@ use std::io::{self, Read};
 
 use cvmfs_publish::{IngestOptions, PublishError, Publisher, Transaction};
 
+use super::layout::Layout;
+use super::members::Members;
+use super::plan::Plan;
+use super::unpacked::Unpacked;
 use crate::failure::ConvertError;
 use crate::progress::{LayerMeter, Progress};
+use crate::published::Published;
 use crate::spool::SpooledLayer;
 
 /// What was published.
@@ -15,15 +20,22 @@ pub(crate) struct Stored {
     pub(crate) bytes_stored: u64,
 }
 
-/// Ingests layers that are not there yet in one transaction.
-pub(super) fn layers(
+/// Ingests an image's layers that are not there yet, and what the layout has beside them,
+/// in one transaction. `published` is the revision that it begins with.
+pub(super) fn image(
     publisher: &mut Publisher,
+    plan: &Plan,
     spooled: Vec<SpooledLayer>,
+    published: &mut Published,
     progress: &Progress,
 ) -> Result<Stored, ConvertError> {
     let mut ingest = Ingest::begin(publisher, progress)?;
+    let sizes = spooled.iter().map(|layer| (layer.wanted.path.clone(), layer.plain_bytes)).collect();
     for mut layer in spooled {
         ingest.layer(&mut layer)?;
+    }
+    if plan.layout == Layout::Unpacked {
+        Unpacked::default().write(plan, &mut ingest, published, &sizes)?;
     }
     ingest.commit()
 }
@@ -80,6 +92,29 @@ impl<'a> Ingest<'a> {
             self.new += 1;
         }
         Ok(is_there)
+    }
+
+    /// Whether there is an entry, with the changes so far.
+    pub(super) fn exists(&mut self, path: &str) -> Result<bool, ConvertError> {
+        Ok(self.transaction.exists(path.as_bytes())?)
+    }
+
+    /// Adds small files and links below a directory.
+    pub(super) fn members(&mut self, base: &str, members: &Members) -> Result<(), ConvertError> {
+        if !members.is_empty() {
+            let tar = members.to_tar()?;
+            self.transaction.ingest_tar(base.as_bytes(), tar.as_slice(), &IngestOptions::default())?;
+            self.new += 1;
+        }
+        Ok(())
+    }
+
+    /// Makes a tree of layers that are there.
+    pub(super) fn stack(&mut self, base: &str, layers: &[String]) -> Result<(), ConvertError> {
+        let layers: Vec<&[u8]> = layers.iter().map(String::as_bytes).collect();
+        self.transaction.stack_layers(base.as_bytes(), &layers)?;
+        self.new += 1;
+        Ok(())
     }
 
     /// Publishes, unless nothing changed.

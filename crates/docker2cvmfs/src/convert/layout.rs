@@ -13,6 +13,8 @@ pub enum Layout {
         /// The directory of the layers, without slashes at the ends.
         subdirectory: String,
     },
+    /// What DUCC writes: layers, flat trees, links with the images' names, metadata.
+    Unpacked,
 }
 
 impl Layout {
@@ -27,6 +29,10 @@ impl Layout {
         match self {
             Self::Layers { subdirectory } if subdirectory.is_empty() => layer.hex().to_owned(),
             Self::Layers { subdirectory } => format!("{subdirectory}/{}", layer.hex()),
+            Self::Unpacked => {
+                let hex = layer.hex();
+                format!(".layers/{}/{hex}/layerfs", hex.get(..2).unwrap_or_default())
+            }
         }
     }
 

@@ -1,11 +1,14 @@
 //! From an image to layers in a repository and a thin image.
 
+mod apptainer;
 mod ingest;
 mod layout;
+mod members;
 mod output;
 mod plan;
 mod report;
 mod resolve;
+mod unpacked;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -21,6 +24,7 @@ pub use resolve::PlatformChoice;
 pub(crate) use ingest::{Ingest, Stored};
 pub(crate) use plan::{Plan, PlannedLayer};
 pub(crate) use resolve::{Resolved, resolve};
+pub(crate) use unpacked::Unpacked;
 
 use crate::failure::ConvertError;
 use crate::policy::Policy;
@@ -117,16 +121,18 @@ impl Conversion<'_> {
         spool: &Path,
         report: &mut Report,
     ) -> Result<(), ConvertError> {
-        let missing = plan.missing();
-        if missing.is_empty() {
+        if plan.is_published() {
             return Ok(());
         }
+        let missing = plan.missing();
         let spooled = spool::download(&plan.resolved.source, missing, spool, self.progress)?;
         report.bytes_downloaded = spooled.iter().map(|layer| layer.wanted.blob.size).sum();
         self.interrupt.check()?;
         let options = cvmfs_publish::OpenOptions { interrupt: self.interrupt.clone(), ..Default::default() };
         let mut publisher = Publisher::open_with(&request.fqrn, &request.storage, &request.keys, options)?;
-        let stored = ingest::layers(&mut publisher, spooled, self.progress)?;
+        // What it has now, under the lock.
+        let mut published = Published::open(&request.fqrn, &request.storage, &request.keys, spool)?;
+        let stored = ingest::image(&mut publisher, plan, spooled, &mut published, self.progress)?;
         report.revision = stored.revision;
         report.bytes_stored = stored.bytes_stored;
         Ok(())

@@ -6,6 +6,7 @@ use thin_image::{Location, MAX_LAYERS, ThinImage, ThinImageError, ThinLayer};
 use super::layout::Layout;
 use super::report::LayerState;
 use super::resolve::{Resolved, SourceImage};
+use super::unpacked;
 use crate::failure::ConvertError;
 use crate::published::Published;
 use crate::spool::Wanted;
@@ -39,6 +40,9 @@ pub(crate) struct PlannedImage {
 pub(crate) struct Plan {
     pub(crate) resolved: Resolved,
     pub(crate) images: Vec<PlannedImage>,
+    pub(crate) layout: Layout,
+    /// Whether what the layout has beside the layers is there.
+    is_complete: bool,
 }
 
 impl Plan {
@@ -46,7 +50,7 @@ impl Plan {
     pub(crate) fn new(resolved: Resolved, fqrn: &str, layout: &Layout) -> Result<Self, ConvertError> {
         let images =
             resolved.images.iter().map(|image| planned(image, fqrn, layout)).collect::<Result<_, _>>()?;
-        Ok(Self { resolved, images })
+        Ok(Self { resolved, images, layout: layout.clone(), is_complete: false })
     }
 
     /// Notes which layers a revision has.
@@ -57,7 +61,24 @@ impl Plan {
                 false => LayerState::New,
             };
         }
+        self.is_complete = match self.layout {
+            Layout::Layers { .. } => true,
+            Layout::Unpacked => unpacked::is_current(self, published)?,
+        };
         Ok(())
+    }
+
+    /// Whether there is anything to be published.
+    pub(crate) fn is_published(&self) -> bool {
+        self.is_complete && self.layers().all(|layer| layer.state == LayerState::Present)
+    }
+
+    /// What the image has in the repository beside its layers, absolute paths.
+    pub(crate) fn other_paths(&self) -> Vec<String> {
+        match self.layout {
+            Layout::Layers { .. } => Vec::new(),
+            Layout::Unpacked => unpacked::paths(self),
+        }
     }
 
     /// All layers, base first, image after image.

@@ -38,6 +38,9 @@ pub(super) struct ImageRecord {
     pub(super) platform: String,
     /// Its layers in the repository.
     pub(super) layers: Vec<LayerRecord>,
+    /// What it has in the repository beside its layers, absolute paths.
+    #[serde(default)]
+    pub(super) others: Vec<String>,
     /// The thin image.
     pub(super) output: Option<OutputRecord>,
     /// The revision that has all layers.
@@ -73,6 +76,11 @@ pub(super) struct RetiredRecord {
 }
 
 impl ImageRecord {
+    /// All it has in the repository.
+    pub(super) fn paths(&self) -> impl Iterator<Item = &str> {
+        self.layers.iter().map(|layer| &layer.path).chain(&self.others).map(String::as_str)
+    }
+
     /// Bytes of all its layers.
     pub(super) fn bytes(&self) -> u64 {
         self.layers.iter().map(|layer| layer.bytes).sum()
@@ -264,6 +272,7 @@ mod tests {
             top_digest: digest.to_owned(),
             platform: "linux/amd64".to_owned(),
             layers: vec![LayerRecord { path: format!("/layers/{digest}"), bytes: 7 }],
+            others: Vec::new(),
             output: None,
             revision: 2,
             converted: 1,

@@ -1,6 +1,6 @@
 //! What left the list: kept for the grace, then removed from the repository.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use cvmfs_publish::collect::CollectOptions;
 use registry::Reference;
@@ -25,7 +25,7 @@ pub(super) fn unwished(
     let mut retired = round.records.retired()?;
     for record in round.records.images()? {
         if wished.contains(&record.image) || may_be_wished(&record.image, expanded) {
-            kept.extend(record.layers.into_iter().map(|layer| layer.path));
+            kept.extend(record.paths().map(str::to_owned));
             continue;
         }
         report.retired += 1;
@@ -42,38 +42,53 @@ pub(super) fn unwished(
     let grace = i64::try_from(round.request.grace.as_secs()).unwrap_or(i64::MAX);
     let (over, waiting): (Vec<_>, Vec<_>) =
         retired.into_iter().partition(|retired| now.saturating_sub(retired.since) >= grace);
-    kept.extend(waiting.into_iter().flat_map(|retired| retired.record.layers).map(|layer| layer.path));
+    for retired in &waiting {
+        kept.extend(retired.record.paths().map(str::to_owned));
+    }
     if over.is_empty() {
         return Ok(());
     }
-    let mut gone: Vec<&str> = over
+    let is_unused = |path: &&str| !kept.contains(*path);
+    let layers: BTreeSet<&str> = over
         .iter()
         .flat_map(|retired| &retired.record.layers)
         .map(|layer| layer.path.as_str())
-        .filter(|path| !kept.contains(*path))
+        .filter(is_unused)
         .collect();
-    gone.sort_unstable();
-    gone.dedup();
+    let others: BTreeSet<&str> = over
+        .iter()
+        .flat_map(|retired| &retired.record.others)
+        .map(String::as_str)
+        .filter(is_unused)
+        .collect();
     if round.request.dry_run {
-        report.layers_removed = gone.len() as u64;
+        report.layers_removed = layers.len() as u64;
         return Ok(());
     }
-    remove(round, &gone, report)?;
+    remove(round, &layers, &others, report)?;
     for retired in &over {
         round.records.forget(retired)?;
     }
     Ok(())
 }
 
-fn remove(round: &Round<'_>, gone: &[&str], report: &mut RoundReport) -> Result<(), ConvertError> {
-    if gone.is_empty() {
+fn remove(
+    round: &Round<'_>,
+    layers: &BTreeSet<&str>,
+    others: &BTreeSet<&str>,
+    report: &mut RoundReport,
+) -> Result<(), ConvertError> {
+    if layers.is_empty() && others.is_empty() {
         return Ok(());
     }
     let mut publisher = round.publisher()?;
     let is_collectable = publisher.head().manifest.garbage_collectable;
     let mut ingest = Ingest::begin(&mut publisher, round.progress)?;
-    for path in gone {
-        if ingest.remove(path)? {
+    for path in others {
+        ingest.remove(path)?;
+    }
+    for path in layers {
+        if ingest.remove(whole_layer(path))? {
             report.layers_removed += 1;
         }
     }
@@ -82,6 +97,11 @@ fn remove(round: &Round<'_>, gone: &[&str], report: &mut RoundReport) -> Result<
         report.objects_collected = publisher.collect(&CollectOptions::default())?.objects_removed;
     }
     Ok(())
+}
+
+/// The directory of a layer with its metadata.
+fn whole_layer(path: &str) -> &str {
+    path.strip_suffix("/layerfs").unwrap_or(path)
 }
 
 /// Whether an image belongs to a wish whose images are not known in this round.

@@ -211,10 +211,10 @@ impl WishedImage {
     }
 }
 
-/// Whether the layers of a record are still in the repository.
+/// Whether all that a record names is still in the repository.
 fn has_all(record: &ImageRecord, published: &mut Published) -> Result<bool, ConvertError> {
-    for layer in &record.layers {
-        if !published.has_directory(&layer.path)? {
+    for path in record.paths() {
+        if !published.exists(path)? {
             return Ok(false);
         }
     }

@@ -5,7 +5,7 @@
 //! thin images of what was published and keep the records. An image that fails at any step
 //! is reported and leaves the others alone.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -13,7 +13,7 @@ use super::claims::{Claims, Reservation, SharedLayer, Turn};
 use super::records::{ImageRecord, LayerRecord, OutputRecord};
 use super::report::{ImageOutcome, ImageState, RoundReport};
 use super::round::{Round, Work, outcome};
-use crate::convert::{Ingest, Stored};
+use crate::convert::{Ingest, Layout, Stored, Unpacked};
 use crate::failure::ConvertError;
 use crate::spool;
 
@@ -160,13 +160,21 @@ impl<'a> Workshop<'a> {
     ) -> Result<Vec<Stocked>, ConvertError> {
         let mut stored = Stored { revision: report.revision, bytes_stored: 0 };
         let mut good = Vec::with_capacity(batch.len());
-        if batch.iter().all(|image| image.layers.is_empty()) {
+        if batch.iter().all(|image| image.work.plan.is_published()) {
             good = batch;
         } else {
             let mut publisher = self.round.publisher()?;
+            // What it has now, under the lock.
+            let mut published = self.round.published()?;
+            let mut unpacked = Unpacked::default();
             let mut ingest = Ingest::begin(&mut publisher, self.round.progress)?;
             for image in batch {
-                match ingest_image(&mut ingest, &image.layers) {
+                let mut result = ingest_image(&mut ingest, &image.layers);
+                if result.is_ok() && image.work.plan.layout == Layout::Unpacked {
+                    let sizes = sizes_of(&image.layers);
+                    result = unpacked.write(&image.work.plan, &mut ingest, &mut published, &sizes);
+                }
+                match result {
                     Ok(()) => good.push(image),
                     Err(ConvertError::Interrupted) => return Err(ConvertError::Interrupted),
                     Err(error) => self.failed(outcome(&image.work, ImageState::Failed), &error),
@@ -224,6 +232,7 @@ impl<'a> Workshop<'a> {
             top_digest: plan.resolved.top_digest.to_string(),
             platform: self.round.request.platform.to_string(),
             layers: plan.distinct_layers().iter().map(layer).collect(),
+            others: plan.other_paths(),
             output,
             revision: image.revision,
             converted: now,
@@ -241,11 +250,19 @@ impl<'a> Workshop<'a> {
     }
 }
 
+fn sizes_of(layers: &[SharedLayer]) -> HashMap<String, u64> {
+    let size = |layer: &SharedLayer| {
+        let layer = lock(layer);
+        (layer.wanted.path.clone(), layer.plain_bytes)
+    };
+    layers.iter().map(size).collect()
+}
+
 /// All layers of an image, or none of those that it brought.
 fn ingest_image(ingest: &mut Ingest<'_>, layers: &[SharedLayer]) -> Result<(), ConvertError> {
     let mut brought = Vec::new();
     for layer in layers {
-        let mut layer = layer.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut layer = lock(layer);
         match ingest.layer(&mut layer) {
             Ok(true) => brought.push(layer.wanted.path.clone()),
             Ok(false) => {}

@@ -46,7 +46,7 @@ fn with_layer(tar: Vec<u8>) -> Image {
 }
 
 #[test]
-fn a_blob_that_was_damaged_in_the_registry() {
+fn row_89_a_blob_that_was_damaged_in_the_registry() {
     let place = Workplace::new();
     let image = image();
     let reference = push(&place, &image);
@@ -64,7 +64,7 @@ fn a_blob_that_was_damaged_in_the_registry() {
 }
 
 #[test]
-fn a_layer_that_unpacks_to_something_else() {
+fn row_89_a_layer_that_unpacks_to_something_else() {
     let place = Workplace::new();
     let mut image = image();
     image.layers[2].tar = TarBuilder::new().file("promised", 0o644, b"").finish();
@@ -73,7 +73,7 @@ fn a_layer_that_unpacks_to_something_else() {
 }
 
 #[test]
-fn a_truncated_gzip_and_one_with_garbage_behind_it() {
+fn row_89_a_truncated_gzip_and_one_with_garbage_behind_it() {
     let place = Workplace::new();
     let mut cut = image();
     let length = cut.layers[0].blob.len();

@@ -108,7 +108,7 @@ fn a_list_is_converted_once_and_then_left_alone() {
 }
 
 #[test]
-fn an_image_that_cannot_be_converted_leaves_the_others_alone() {
+fn row_105_an_image_that_cannot_be_converted_leaves_the_others_alone() {
     let place = Workplace::new();
     for name in ["a", "c"] {
         place.registry.push(name, "1", &app(name)).unwrap();
@@ -355,7 +355,7 @@ fn a_loop_ends_in_good_order_and_goes_on_after_a_broken_list() {
 }
 
 #[test]
-fn a_kill_at_any_point_costs_nothing_but_time() {
+fn row_91_a_kill_at_any_point_costs_nothing_but_time() {
     let place = Workplace::new();
     let images: Vec<Image> = (0..6).map(|n| app(&format!("image {n} {}", "x".repeat(20_000 * n)))).collect();
     for (number, image) in images.iter().enumerate() {

@@ -101,7 +101,7 @@ fn a_file_is_pushed_as_stream() {
 }
 
 #[test]
-fn indexes_and_attestations_lead_to_the_image_of_the_platform() {
+fn row_90_indexes_and_attestations_lead_to_the_image_of_the_platform() {
     let registry = Registry::start().unwrap();
     let image = Image::new([layer_tar()]);
     let digest = registry.push("multi", "amd64", &image).unwrap();

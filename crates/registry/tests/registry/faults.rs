@@ -64,7 +64,7 @@ fn a_registry_that_answers_500_is_tried_four_times_within_the_deadline() {
 }
 
 #[test]
-fn a_rate_limit_is_waited_for_if_it_is_short_and_reported_if_it_is_long() {
+fn row_88_a_rate_limit_is_waited_for_if_it_is_short_and_reported_if_it_is_long() {
     let count = AtomicUsize::new(0);
     let document = br#"{"manifests":[]}"#;
     let short = Script::start(move |_| match count.fetch_add(1, Ordering::SeqCst) {
@@ -122,7 +122,7 @@ fn a_huge_manifest_is_not_read_to_its_end() {
 }
 
 #[test]
-fn a_missing_platform_lists_those_there_are() {
+fn row_90_a_missing_platform_lists_those_there_are() {
     let digest = Digest::sha256_of(b"");
     let entry = |os: &str, architecture: &str| {
         format!(
@@ -189,7 +189,7 @@ fn a_blob_of_another_size_is_refused_before_it_is_read() {
 }
 
 #[test]
-fn a_download_that_breaks_off_is_resumed_where_it_broke() {
+fn row_88_a_download_that_breaks_off_is_resumed_where_it_broke() {
     let bytes = content();
     let served = bytes.clone();
     let script = Script::start(move |request| match request.header("range") {
@@ -333,7 +333,7 @@ fn a_branch_is_cancelled_alone_or_with_its_client() {
 }
 
 #[test]
-fn credentials_do_not_follow_a_redirect_to_another_host() {
+fn row_88_credentials_do_not_follow_a_redirect_to_another_host() {
     let bytes = content();
     let served = bytes.clone();
     let storage = Script::start(move |_| Answer::new(200, served.clone()));
@@ -356,7 +356,7 @@ fn a_redirect_in_a_circle_ends() {
 }
 
 #[test]
-fn a_token_is_asked_for_once_and_renewed_when_it_is_refused() {
+fn row_88_a_token_is_asked_for_once_and_renewed_when_it_is_refused() {
     // The token service is part of the same server; tokens serve three requests.
     let issued = AtomicUsize::new(0);
     let used = AtomicUsize::new(0);
@@ -469,7 +469,7 @@ fn a_server_with_several_challenges_is_answered_with_the_one_that_works() {
 }
 
 #[test]
-fn a_registry_that_refuses_every_token_ends_as_denied() {
+fn row_88_a_registry_that_refuses_every_token_ends_as_denied() {
     let script = Script::start(|request| {
         if request.target.starts_with("/token") {
             return Answer::new(200, r#"{"token":"T"}"#);
@@ -500,7 +500,7 @@ fn credentials_are_not_sent_in_clear_to_another_host() {
 }
 
 #[test]
-fn foreign_layers_come_from_their_urls() {
+fn row_90_foreign_layers_come_from_their_urls() {
     let bytes = content();
     let served = bytes.clone();
     let elsewhere = Script::start(move |_| Answer::new(200, served.clone()));

@@ -1,0 +1,200 @@
+//! The layout that DUCC writes (publisher behaviour §16), beside the layers themselves:
+//!
+//! ```text
+//! .layers/XX/HEX/layerfs/                       the layer (`layout`)
+//! .layers/XX/HEX/.metadata/{layers,origin}.json what it is, and which images have it
+//! .flat/XX/CONFIG/                              all layers of an image in one tree
+//! REGISTRY/REPOSITORY:TAG                       symbolic link to it
+//! .metadata/REGISTRY/REPOSITORY:TAG/manifest.json
+//! ```
+//!
+//! A flat tree is made from the layers' catalogs: nothing is copied. Chains, which DUCC
+//! needs to make flat trees, are not written.
+
+use std::collections::HashMap;
+
+use registry::{Platform, Reference};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::apptainer;
+use super::ingest::Ingest;
+use super::members::{Member, Members};
+use super::plan::{Plan, PlannedImage, PlannedLayer};
+use crate::failure::ConvertError;
+use crate::published::Published;
+
+/// Makes its directory a nested catalog.
+const CATALOG: &str = ".cvmfscatalog";
+/// Largest accepted list of images that have a layer.
+const MAX_ORIGIN_BYTES: u64 = 16 << 20;
+
+/// What one transaction writes of this layout.
+#[derive(Debug, Default)]
+pub(crate) struct Unpacked {
+    /// Back references that this transaction has written already, by their path.
+    origins: HashMap<String, Origin>,
+}
+
+/// The images that a layer belongs to, by the digests of their configurations.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct Origin {
+    #[serde(default)]
+    origin: Vec<String>,
+}
+
+impl Unpacked {
+    /// Writes what belongs to an image whose layers are in the transaction or were there
+    /// before. `published` is the revision that the transaction began with, `sizes` has the
+    /// uncompressed bytes of layers by their paths, as far as they are known.
+    pub(crate) fn write(
+        &mut self,
+        plan: &Plan,
+        ingest: &mut Ingest<'_>,
+        published: &mut Published,
+        sizes: &HashMap<String, u64>,
+    ) -> Result<(), ConvertError> {
+        let mut members = Members::default();
+        for image in &plan.images {
+            for layer in &image.layers {
+                self.describe_layer(image, layer, ingest, published, sizes, &mut members)?;
+            }
+            write_flat(image, ingest, &mut members)?;
+        }
+        if let (Some(name), Some(image)) = (name(plan), representative(plan)) {
+            members.add(
+                &format!(".metadata/{name}/manifest.json"),
+                Member::File(image.image.image.manifest_bytes.clone()),
+            );
+            members.add(&name, Member::Link(link_target(&name, image)));
+        }
+        ingest.members("", &members)
+    }
+
+    fn describe_layer(
+        &mut self,
+        image: &PlannedImage,
+        layer: &PlannedLayer,
+        ingest: &mut Ingest<'_>,
+        published: &mut Published,
+        sizes: &HashMap<String, u64>,
+        members: &mut Members,
+    ) -> Result<(), ConvertError> {
+        let hex = layer.blob.digest.hex();
+        let shard = hex.get(..2).unwrap_or_default();
+        add_catalog(".layers", ingest, members)?;
+        add_catalog(&format!(".layers/{shard}"), ingest, members)?;
+        let metadata = format!(".layers/{shard}/{hex}/.metadata");
+        let described = format!("{metadata}/layers.json");
+        if !ingest.exists(&format!("/{described}"))? {
+            // Unknown sizes are -1 for podman.
+            let size = sizes.get(&layer.path()).and_then(|size| i64::try_from(*size).ok()).unwrap_or(-1);
+            let document = json!([{
+                "id": layer.diff_id.hex(),
+                "created": image.image.config.document.get("created"),
+                "compressed-diff-digest": layer.blob.digest.to_string(),
+                "compressed-size": layer.blob.size,
+                "diff-digest": layer.diff_id.to_string(),
+                "diff-size": size,
+            }]);
+            members.add(&described, Member::File(document.to_string().into_bytes()));
+        }
+        let path = format!("{metadata}/origin.json");
+        let origin = match self.origins.get_mut(&path) {
+            Some(origin) => origin,
+            None => {
+                let bytes = published.file(&format!("/{path}"), MAX_ORIGIN_BYTES)?;
+                let before = bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
+                self.origins.entry(path.clone()).or_insert(before)
+            }
+        };
+        let id = image.image.image.manifest.config.digest.to_string();
+        if !origin.origin.contains(&id) {
+            origin.origin.push(id);
+            let text = serde_json::to_vec(origin).expect("a list of strings always has a JSON form");
+            members.add(&path, Member::File(text));
+        }
+        Ok(())
+    }
+}
+
+/// Whether all of it is in a revision, and as it should be.
+pub(super) fn is_current(plan: &Plan, published: &mut Published) -> Result<bool, ConvertError> {
+    for image in &plan.images {
+        if !published.has_directory(&format!("/{}", flat_path(image)))? {
+            return Ok(false);
+        }
+    }
+    let (Some(name), Some(image)) = (name(plan), representative(plan)) else { return Ok(true) };
+    let manifest = &image.image.image.manifest_bytes;
+    let written = published.file(&format!("/.metadata/{name}/manifest.json"), manifest.len() as u64)?;
+    Ok(written.as_ref() == Some(manifest)
+        && published.symlink(&format!("/{name}"))? == Some(link_target(&name, image)))
+}
+
+/// What goes when the image goes, absolute paths. The layers are not among them.
+pub(super) fn paths(plan: &Plan) -> Vec<String> {
+    let mut paths: Vec<String> = plan.images.iter().map(|image| format!("/{}", flat_path(image))).collect();
+    if let Some(name) = name(plan) {
+        paths.push(format!("/{name}"));
+        paths.push(format!("/.metadata/{name}"));
+    }
+    paths
+}
+
+/// A tree of all layers, by their catalogs.
+fn write_flat(
+    image: &PlannedImage,
+    ingest: &mut Ingest<'_>,
+    members: &mut Members,
+) -> Result<(), ConvertError> {
+    let flat = flat_path(image);
+    if ingest.exists(&format!("/{flat}"))? {
+        return Ok(());
+    }
+    add_catalog(".flat", ingest, members)?;
+    let layers: Vec<String> = image.layers.iter().map(PlannedLayer::path).collect();
+    ingest.stack(&flat, &layers)?;
+    if ingest.exists(&format!("/{flat}/{}", apptainer::DIRECTORY))? {
+        return Ok(());
+    }
+    ingest.members(&flat, &apptainer::members(&image.image.config.document))
+}
+
+fn add_catalog(directory: &str, ingest: &mut Ingest<'_>, members: &mut Members) -> Result<(), ConvertError> {
+    let path = format!("{directory}/{CATALOG}");
+    if !ingest.exists(&format!("/{path}"))? {
+        members.add(&path, Member::File(Vec::new()));
+    }
+    Ok(())
+}
+
+fn flat_path(image: &PlannedImage) -> String {
+    let id = image.image.image.manifest.config.digest.hex();
+    format!(".flat/{}/{id}", id.get(..2).unwrap_or_default())
+}
+
+/// The image that the name leads to: this machine's, else the first.
+fn representative(plan: &Plan) -> Option<&PlannedImage> {
+    let host = Platform::host();
+    let fits = |image: &&PlannedImage| {
+        let platform = image.image.platform();
+        platform.os == host.os && platform.architecture == host.architecture
+    };
+    plan.images.iter().find(fits).or(plan.images.first())
+}
+
+/// The name in the repository; local images without a name have none.
+fn name(plan: &Plan) -> Option<String> {
+    let Reference { registry, repository, tag, digest, .. } = plan.resolved.source.reference()?;
+    let selector = match (tag, digest) {
+        (Some(tag), _) => format!(":{tag}"),
+        (None, Some(digest)) => format!("@{digest}"),
+        (None, None) => ":latest".to_owned(),
+    };
+    Some(format!("{registry}/{repository}{selector}"))
+}
+
+fn link_target(name: &str, image: &PlannedImage) -> String {
+    format!("{}{}", "../".repeat(name.matches('/').count()), flat_path(image))
+}
