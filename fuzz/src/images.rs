@@ -3,7 +3,7 @@
 use std::io::Read;
 
 use layer_tar::{LayerReader, Limits};
-use registry::{Manifest, Reference};
+use registry::{Manifest, Reference, answers};
 use testkit::tar::TarBuilder;
 use thin_image::ThinImage;
 
@@ -77,6 +77,68 @@ pub(crate) const LAYER: Target = Target {
         "7777777",
     ],
 };
+
+/// What registries and token services answer beside manifests: challenges, configurations, signatures, keys.
+pub(crate) const REGISTRY: Target = Target {
+    name: "registry",
+    run: registry_answers,
+    seeds: || {
+        let digest = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+        [
+            "Bearer realm=\"https://auth.example.org/token\",service=\"r\",scope=\"repository:a/b:pull,push\", Basic realm=\"x\""
+                .to_owned(),
+            format!(
+                r#"{{"architecture":"arm","os":"linux","variant":"v7","config":{{"Env":["A=b"]}},"rootfs":{{"type":"layers","diff_ids":["{digest}"]}}}}"#
+            ),
+            format!(
+                r#"{{"layers":[{{"mediaType":"application/vnd.dev.cosign.simplesigning.v1+json","size":7,"digest":"{digest}","annotations":{{"dev.cosignproject.cosign/signature":"AAEC"}}}}]}}"#
+            ),
+            "-----BEGIN PUBLIC KEY-----\nMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEAAAAAAAAAAAAAAAAAAAAAAAAAAAA\nAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA\n-----END PUBLIC KEY-----\n".to_owned(),
+            r#"{"token":"abc","access_token":"abc","expires_in":300,"issued_at":"2020-01-01T00:00:00Z"}"#.to_owned(),
+        ]
+        .map(String::into_bytes)
+        .into()
+    },
+    words: &[
+        "{",
+        "}",
+        "[",
+        "]",
+        "\"",
+        ":",
+        ",",
+        "=",
+        "\\",
+        "Bearer ",
+        "Basic ",
+        "realm=",
+        "scope=",
+        "null",
+        "-1",
+        "sha256:",
+        "-----BEGIN ",
+        "-----END ",
+        "PUBLIC KEY-----",
+        "\n",
+    ],
+};
+
+fn registry_answers(bytes: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        for challenge in answers::challenges(text) {
+            assert!(!challenge.scheme.is_empty() && challenge.scheme.len() <= text.len());
+            let _ = challenge.parameter("realm");
+        }
+        let _ = registry::PublicKey::from_pem(text).map_err(|error| error.to_string());
+    }
+    if let Ok(config) = registry::ImageConfig::parse(bytes) {
+        assert!(config.diff_ids.iter().all(|id| id.hex().bytes().all(|b| b.is_ascii_hexdigit())));
+    }
+    let _ = answers::token_of(bytes);
+    for (blob, signature) in answers::listed_signatures(bytes).unwrap_or_default() {
+        assert!(blob.size <= 1 << 20 && signature.len() <= bytes.len());
+    }
+}
 
 fn descriptor(bytes: &[u8]) {
     if let Ok(image) = ThinImage::parse(bytes) {

@@ -18,6 +18,7 @@
 mod chunk_lists;
 mod configuration;
 mod control;
+mod conversions;
 mod databases;
 mod documents;
 pub mod driver;
@@ -43,7 +44,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 22] = [
+pub const TARGETS: [Target; 25] = [
     signed::MANIFEST,
     signed::WHITELIST,
     signed::KEYS,
@@ -64,6 +65,9 @@ pub const TARGETS: [Target; 22] = [
     network::GEO_REPLY,
     images::DESCRIPTOR,
     images::LAYER,
+    images::REGISTRY,
+    conversions::WISH_LIST,
+    conversions::POLICY,
     plugin::REQUEST,
     layer_service::DOCUMENTS,
 ];

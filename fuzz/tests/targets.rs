@@ -47,7 +47,7 @@ macro_rules! targets {
 targets! {
     manifest whitelist keys blacklist catalog catalog_rows history reflog snapshot chunk_list xattrs compressed names
     configuration variant_link control proxy_script geo_reply descriptor layer plugin_request
-    layer_service
+    layer_service registry wish_list policy
 }
 
 #[test]

@@ -35,6 +35,9 @@ pub(crate) struct Stack<'a> {
     pub(crate) entries: u64,
 }
 
+/// A hard link group of a layer: the directory, and the number there.
+type SourceGroup = (Vec<u8>, u32);
+
 /// What becomes of a name.
 enum Slot {
     /// A whiteout: nothing of the layers below.
@@ -181,8 +184,8 @@ impl Stack<'_> {
         at: Index,
         target: &[u8],
         slots: &BTreeMap<Vec<u8>, Slot>,
-    ) -> Result<HashMap<(Vec<u8>, u32), (u32, u32)>, PublishError> {
-        let mut names: BTreeMap<(Vec<u8>, u32), u32> = BTreeMap::new();
+    ) -> Result<HashMap<SourceGroup, (u32, u32)>, PublishError> {
+        let mut names: BTreeMap<SourceGroup, u32> = BTreeMap::new();
         for slot in slots.values() {
             if let Slot::Leaf { entry, directory, .. } = slot
                 && entry.link_group != 0

@@ -215,15 +215,7 @@ impl Session<'_> {
                 });
             }
         }
-        #[derive(Deserialize)]
-        struct Answer {
-            token: Option<String>,
-            access_token: Option<String>,
-        }
-        let answer = serde_json::from_slice::<Answer>(&text).ok();
-        let token =
-            answer.and_then(|answer| answer.token.or(answer.access_token)).filter(|token| !token.is_empty());
-        token.map(Secret::new).ok_or_else(|| {
+        token_of(&text).ok_or_else(|| {
             self.misdirected(&format!("uses token service {host}, which answers without a token"))
         })
     }
@@ -266,4 +258,15 @@ impl Session<'_> {
 fn basic(user: &str, password: &Secret) -> String {
     let pair = format!("{user}:{}", password.expose());
     format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(pair))
+}
+
+/// The token in a token service's answer.
+pub fn token_of(answer: &[u8]) -> Option<Secret> {
+    #[derive(Deserialize)]
+    struct Answer {
+        token: Option<String>,
+        access_token: Option<String>,
+    }
+    let answer = serde_json::from_slice::<Answer>(answer).ok()?;
+    answer.token.or(answer.access_token).filter(|token| !token.is_empty()).map(Secret::new)
 }

@@ -6,23 +6,23 @@
 
 /// One challenge of a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Challenge {
+pub struct Challenge {
     /// In lower case.
-    pub(crate) scheme: String,
+    pub scheme: String,
     /// Names in lower case.
     parameters: Vec<(String, String)>,
 }
 
 impl Challenge {
     /// The value of a parameter.
-    pub(crate) fn parameter(&self, name: &str) -> Option<&str> {
+    pub fn parameter(&self, name: &str) -> Option<&str> {
         self.parameters.iter().find(|(found, _)| found == name).map(|(_, value)| value.as_str())
     }
 }
 
 /// Reads all challenges of one header. What cannot be read ends the list: a server that
 /// sends garbage is treated like one that sends less.
-pub(crate) fn parse(header: &str) -> Vec<Challenge> {
+pub fn parse(header: &str) -> Vec<Challenge> {
     let mut scanner = Scanner { rest: header };
     let mut challenges: Vec<Challenge> = Vec::new();
     loop {

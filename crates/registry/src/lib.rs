@@ -34,6 +34,13 @@ mod signature;
 mod source;
 mod transport;
 
+/// Parsers of what registries answer, for tests that feed them anything.
+pub mod answers {
+    pub use crate::auth::token_of;
+    pub use crate::challenge::{Challenge, parse as challenges};
+    pub use crate::signature::listed as listed_signatures;
+}
+
 pub use blob::BlobReader;
 pub use client::{Canceller, Client, ClientSettings, FetchedManifest, Image};
 pub use config::{ImageConfig, MAX_CONFIG_BYTES};

@@ -175,7 +175,10 @@ impl Statement {
 }
 
 /// The signatures that an artifact lists: its layers, and what is written at them.
-fn listed(artifact: &[u8]) -> Result<Vec<(Descriptor, Vec<u8>)>, String> {
+///
+/// # Errors
+/// What keeps the document from being read.
+pub fn listed(artifact: &[u8]) -> Result<Vec<(Descriptor, Vec<u8>)>, String> {
     #[derive(Deserialize)]
     struct Artifact {
         #[serde(default)]

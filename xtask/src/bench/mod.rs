@@ -181,19 +181,6 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_ratio_is_the_median_of_the_rounds_and_is_judged_by_its_goal() {
-        let rounds = [(100.0, 90.0), (100.0, 96.0), (10.0, 9.9)];
-        let line = Line::new("x", "GB/s", Goal::AtLeast(0.95), &rounds);
-        assert!((line.ratio - 0.96).abs() < 1e-9 && line.met);
-        assert!(!Line::new("x", "s", Goal::AtMost(0.9), &rounds).met);
-    }
-}
-
 /// How often the peak memory of a program is looked at.
 const MEMORY_POLL: Duration = Duration::from_millis(10);
 
@@ -219,4 +206,17 @@ fn peak(pid: u32) -> Result<f64> {
     let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no such field")?;
     let kilobytes: f64 = line.trim().trim_end_matches(" kB").parse()?;
     Ok(kilobytes / 1024.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ratio_is_the_median_of_the_rounds_and_is_judged_by_its_goal() {
+        let rounds = [(100.0, 90.0), (100.0, 96.0), (10.0, 9.9)];
+        let line = Line::new("x", "GB/s", Goal::AtLeast(0.95), &rounds);
+        assert!((line.ratio - 0.96).abs() < 1e-9 && line.met);
+        assert!(!Line::new("x", "s", Goal::AtMost(0.9), &rounds).met);
+    }
 }
