@@ -4,6 +4,7 @@
 //! the layer is there. The signatures are verified first: an answer from a forged
 //! catalog would make us skip layers.
 
+use std::fs::File;
 use std::io::{BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,9 +13,8 @@ use cvmfs_format::catalog::{Catalog, Entry, EntryKind};
 use cvmfs_format::{Compression, ContentHash, Hasher, Inflater, ObjectKind, ObjectName, PathHash};
 use cvmfs_publish::head::Head;
 use cvmfs_publish::keys::KeyFiles;
-use cvmfs_publish::storage::{self, Storage};
+use cvmfs_publish::storage::{self, Scratch, Storage};
 use cvmfs_publish::{PublishError, system_clock};
-use tempfile::NamedTempFile;
 
 use crate::failure::ConvertError;
 
@@ -29,6 +29,7 @@ pub(crate) struct Published {
     head: Head,
     /// Where catalogs are unpacked.
     spool: PathBuf,
+    scratch: Scratch,
     /// The root catalog and those below it that were needed, with the paths at which
     /// they are mounted.
     catalogs: Vec<(Vec<u8>, Catalog)>,
@@ -40,7 +41,9 @@ impl Published {
         let masters = KeyFiles::new(keys, fqrn).public()?;
         let storage = storage::open(storage).map_err(PublishError::from)?;
         let head = Head::load(&*storage, fqrn, &masters, system_clock())?;
-        let mut published = Self { storage, head, spool: spool.to_owned(), catalogs: Vec::new() };
+        let scratch = Scratch::in_directory(spool)
+            .map_err(|cause| ConvertError::Spool { directory: spool.to_owned(), cause })?;
+        let mut published = Self { storage, head, spool: spool.to_owned(), scratch, catalogs: Vec::new() };
         let root = published.head.manifest.root_catalog;
         published.load(Vec::new(), root)?;
         Ok(published)
@@ -107,14 +110,14 @@ impl Published {
     fn load(&mut self, mountpoint: Vec<u8>, hash: ContentHash) -> Result<(), ConvertError> {
         let name = ObjectName::new(hash, ObjectKind::Catalog);
         let spool = |cause| ConvertError::Spool { directory: self.spool.clone(), cause };
-        let mut file = NamedTempFile::new_in(&self.spool).map_err(spool)?;
-        let mut output = BufWriter::new(file.as_file_mut());
+        let path = self.scratch.file("catalog");
+        let mut output = BufWriter::new(File::create(&path).map_err(spool)?);
         self.unpack(&name, Compression::Zlib, MAX_CATALOG_BYTES, &mut output)?;
         output.flush().map_err(spool)?;
         drop(output);
-        let catalog = Catalog::open(file.path()).map_err(|error| damaged(name.path().as_bytes(), &error))?;
-        // The catalog keeps the file open; without a name, nothing of it can be left behind.
-        file.close().map_err(spool)?;
+        let catalog = Catalog::open(&path).map_err(|error| damaged(name.path().as_bytes(), &error))?;
+        // The catalog keeps the file open.
+        std::fs::remove_file(&path).map_err(spool)?;
         self.catalogs.push((mountpoint, catalog));
         Ok(())
     }

@@ -147,10 +147,13 @@ impl Session<'_> {
         if credential.is_some() {
             self.refuse_plain_text(&realm)?;
         }
-        let scope = bearer.parameter("scope").map_or_else(
-            || format!("repository:{}:{}", self.reference.repository, self.access.actions()),
-            str::to_owned,
-        );
+        let own = format!("repository:{}:{}", self.reference.repository, self.access.actions());
+        let scope = match bearer.parameter("scope") {
+            // The server names what this request needs; the next ones will want to push.
+            Some(pull) if self.access == Access::PullPush && own.strip_prefix(pull) == Some(",push") => own,
+            Some(scope) => scope.to_owned(),
+            None => own,
+        };
         let service = bearer.parameter("service").unwrap_or_default();
         let client = self.http.to(&realm);
         let request = match credential {

@@ -251,14 +251,22 @@ impl Client {
         self.ask_for_blob(reference, digest, &format!("blob {digest} of {reference}"))
     }
 
-    /// Finds out whether `reference` can be pushed to, as far as the registry tells before it is done.
+    /// Finds out whether `reference` can be pushed to: an upload is opened and given up.
+    /// Nothing less tells: who may read gets an answer to every other question.
     ///
     /// # Errors
     /// Network, denied, or a registry that does not work.
     pub fn check_push(&self, reference: &Reference) -> Result<(), RegistryError> {
-        // Any digest will do: the question makes the registry judge our rights.
-        let digest = Digest::sha256_of(b"");
-        self.ask_for_blob(reference, &digest, &format!("destination {reference}")).map(drop)
+        let object = format!("destination {reference}");
+        self.runtime.block_on(async {
+            let session = self.open_upload(reference, &object).await?;
+            let cancel = self.call(Method::DELETE, session, reference, Access::PullPush, &object);
+            // A registry that cannot do that forgets the upload after a while.
+            if let Err(error) = self.transport.send(&cancel).await {
+                tracing::debug!(%error, "an upload could not be given up");
+            }
+            Ok(())
+        })
     }
 
     fn ask_for_blob(
@@ -400,6 +408,18 @@ impl Client {
         body: Body,
         object: &str,
     ) -> Result<(), RegistryError> {
+        let mut target = self.open_upload(reference, object).await?;
+        target.query_pairs_mut().append_pair("digest", &digest.to_string());
+        let mut call = self.call(Method::PUT, target, reference, Access::PullPush, object);
+        call.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+        call.deadline += Deadlines::sending(body.length());
+        call.body = body;
+        let response = self.transport.send(&call).await?;
+        if response.status().is_success() { Ok(()) } else { Err(refusal(object, response).await) }
+    }
+
+    /// Opens an upload; returns where its bytes go.
+    async fn open_upload(&self, reference: &Reference, object: &str) -> Result<reqwest::Url, RegistryError> {
         let url = self.url(reference, "blobs/uploads/")?;
         let open = self.call(Method::POST, url.clone(), reference, Access::PullPush, object);
         let response = self.transport.send(&open).await?;
@@ -408,18 +428,11 @@ impl Client {
         }
         let location =
             response.headers().get(reqwest::header::LOCATION).and_then(|value| value.to_str().ok());
-        let Some(mut target) = location.and_then(|text| url.join(text).ok()) else {
-            let (object, host) = (object.to_owned(), authority(&url));
-            let reason = "opens an upload without saying where".to_owned();
-            return Err(RegistryError::Misdirected { object, host, reason });
-        };
-        target.query_pairs_mut().append_pair("digest", &digest.to_string());
-        let mut call = self.call(Method::PUT, target, reference, Access::PullPush, object);
-        call.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
-        call.deadline += Deadlines::sending(body.length());
-        call.body = body;
-        let response = self.transport.send(&call).await?;
-        if response.status().is_success() { Ok(()) } else { Err(refusal(object, response).await) }
+        location.and_then(|text| url.join(text).ok()).ok_or_else(|| RegistryError::Misdirected {
+            object: object.to_owned(),
+            host: authority(&url),
+            reason: "opens an upload without saying where".to_owned(),
+        })
     }
 
     fn call<'a>(

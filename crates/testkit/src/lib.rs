@@ -34,6 +34,7 @@ pub mod soak;
 mod syscall;
 pub mod tar;
 pub mod thin_engine;
+pub mod token_server;
 pub mod traced;
 pub mod tree;
 

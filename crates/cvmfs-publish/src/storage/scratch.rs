@@ -36,20 +36,22 @@ impl Scratch {
     /// In the system's temporary directory, for work on a storage that may be read-only or far.
     pub(crate) fn in_temporary_directory() -> Result<Scratch, StorageError> {
         let parent = std::env::temp_dir();
-        remove_abandoned(&parent);
-        let make = || -> io::Result<Scratch> {
-            let path = tempfile::Builder::new().prefix(PREFIX).tempdir_in(&parent)?.keep();
-            let scratch = Scratch { _claim: claim(&path).ok().flatten(), path };
-            Ok(scratch)
-        };
-        make().map_err(|source| StorageError::Io {
+        Scratch::in_directory(&parent).map_err(|source| StorageError::Io {
             action: "create",
             path: parent.join(PREFIX).display().to_string(),
             source,
         })
     }
 
-    pub(crate) fn file(&self, name: &str) -> PathBuf {
+    /// In a directory that may have others of the kind; those without an owner are removed.
+    pub fn in_directory(parent: &Path) -> io::Result<Scratch> {
+        remove_abandoned(parent);
+        let path = tempfile::Builder::new().prefix(PREFIX).tempdir_in(parent)?.keep();
+        Ok(Scratch { _claim: claim(&path).ok().flatten(), path })
+    }
+
+    /// The path of a file in it.
+    pub fn file(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }
 }

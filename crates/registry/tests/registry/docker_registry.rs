@@ -27,7 +27,7 @@ fn blob(media_type: &str, bytes: &[u8]) -> Descriptor {
 }
 
 /// Pushes an image of one layer with our own code; returns the layer's descriptor.
-fn push(
+pub fn push(
     client: &Client,
     reference: &Reference,
     layer: &[u8],

@@ -4,3 +4,4 @@
 mod docker_registry;
 mod faults;
 mod script;
+mod tokens;
