@@ -155,7 +155,7 @@ impl Session<'_> {
             None => own,
         };
         let service = bearer.parameter("service").unwrap_or_default();
-        let client = self.http.to(&realm);
+        let client = self.http.to(&realm)?;
         let request = match credential {
             Some(Credential::IdentityToken(token)) => client.post(realm.clone()).form(&[
                 ("grant_type", "refresh_token"),

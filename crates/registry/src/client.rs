@@ -1,5 +1,6 @@
 //! Images in registries: reading and pushing.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -38,6 +39,38 @@ pub struct ClientSettings {
     /// Another place for all references than the one in their name: a mirror, or
     /// `--registry URL`.
     pub endpoint: Option<Endpoint>,
+    /// Mirrors that are asked first, for reading.
+    pub mirrors: Vec<Mirror>,
+    /// Directories with certificates for single registries, as engines have them:
+    /// `DIRECTORY/HOST[:PORT]/` with authorities (`*.crt`) and the client's own (`*.cert`
+    /// and `*.key`).
+    pub certificates: Vec<PathBuf>,
+}
+
+/// A copy of a registry, or a cache in front of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mirror {
+    /// The registry, as references name it.
+    pub registry: String,
+    /// Where the mirror is.
+    pub endpoint: Endpoint,
+}
+
+impl std::str::FromStr for Mirror {
+    type Err = RegistryError;
+
+    /// `[REGISTRY=]URL`; without a registry that of Docker Hub. The URL may leave `/v2` away.
+    fn from_str(text: &str) -> Result<Self, RegistryError> {
+        let (registry, url) = match text.split_once('=') {
+            Some((registry, url)) if !registry.contains("://") => (registry, url),
+            _ => ("docker.io", text),
+        };
+        let url = url.trim_end_matches('/');
+        let url = if url.ends_with("/v2") { url.to_owned() } else { format!("{url}/v2") };
+        // A registry's name has the form that it has in references.
+        let name = format!("{registry}/name").parse::<Reference>()?;
+        Ok(Self { registry: name.registry, endpoint: Endpoint::parse(&url)? })
+    }
 }
 
 impl Default for ClientSettings {
@@ -48,6 +81,8 @@ impl Default for ClientSettings {
             deadlines: Deadlines::default(),
             user_agent: format!("docker2cvmfs/{}", env!("CARGO_PKG_VERSION")),
             endpoint: None,
+            mirrors: Vec::new(),
+            certificates: ["/etc/docker/certs.d", "/etc/containers/certs.d"].map(PathBuf::from).into(),
         }
     }
 }
@@ -60,6 +95,7 @@ pub struct Client {
     runtime: Arc<Runtime>,
     transport: Arc<Transport>,
     endpoint: Option<Endpoint>,
+    mirrors: Arc<[Mirror]>,
 }
 
 /// A manifest as it was served.
@@ -113,9 +149,14 @@ impl Client {
             .enable_all()
             .build()
             .map_err(|error| RegistryError::Setup(error.to_string()))?;
-        let http = HttpClients::new(&settings.deadlines, &settings.user_agent)?;
+        let http = HttpClients::new(&settings.deadlines, &settings.user_agent, settings.certificates)?;
         let transport = Transport::new(http, settings.deadlines, settings.credentials);
-        Ok(Self { runtime: Arc::new(runtime), transport: Arc::new(transport), endpoint: settings.endpoint })
+        Ok(Self {
+            runtime: Arc::new(runtime),
+            transport: Arc::new(transport),
+            endpoint: settings.endpoint,
+            mirrors: settings.mirrors.into(),
+        })
     }
 
     /// A client that shares connections and tokens with this one, but can be cancelled
@@ -155,8 +196,16 @@ impl Client {
 
     /// A manifest's content type and bytes, held against the digests that are known of it.
     fn verified_document(&self, reference: &Reference) -> Result<(Option<String>, Vec<u8>), RegistryError> {
+        self.from_mirrors(reference, |reference, endpoint| self.verified_document_at(reference, endpoint))
+    }
+
+    fn verified_document_at(
+        &self,
+        reference: &Reference,
+        endpoint: &Endpoint,
+    ) -> Result<(Option<String>, Vec<u8>), RegistryError> {
         let object = format!("manifest of {reference}");
-        let url = self.url(reference, &format!("manifests/{}", reference.selector()))?;
+        let url = endpoint.url(reference, &format!("manifests/{}", reference.selector()));
         let host = authority(&url);
         let mut call = self.call(Method::GET, url, reference, Access::Pull, &object);
         call.headers.insert(ACCEPT, accept());
@@ -181,8 +230,16 @@ impl Client {
     /// # Errors
     /// Network, not found, denied.
     pub fn stated_digest(&self, reference: &Reference) -> Result<Option<Digest>, RegistryError> {
+        self.from_mirrors(reference, |reference, endpoint| self.stated_digest_at(reference, endpoint))
+    }
+
+    fn stated_digest_at(
+        &self,
+        reference: &Reference,
+        endpoint: &Endpoint,
+    ) -> Result<Option<Digest>, RegistryError> {
         let object = format!("manifest of {reference}");
-        let url = self.url(reference, &format!("manifests/{}", reference.selector()))?;
+        let url = endpoint.url(reference, &format!("manifests/{}", reference.selector()));
         let mut call = self.call(Method::HEAD, url, reference, Access::Pull, &object);
         call.headers.insert(ACCEPT, accept());
         let response = self.runtime.block_on(self.transport.send(&call))?;
@@ -359,9 +416,32 @@ impl Client {
         blob: &Descriptor,
         object: String,
     ) -> Result<BlobReader, RegistryError> {
-        let url = self.url(reference, &format!("blobs/{}", blob.digest))?;
-        let part = blob::Blob { reference: reference.clone(), url, descriptor: blob.clone(), object };
-        blob::start(&self.runtime, &self.transport, part)
+        self.from_mirrors(reference, |reference, endpoint| {
+            let url = endpoint.url(reference, &format!("blobs/{}", blob.digest));
+            let (descriptor, object) = (blob.clone(), object.clone());
+            let part = blob::Blob { reference: reference.clone(), url, descriptor, object };
+            blob::start(&self.runtime, &self.transport, part)
+        })
+    }
+
+    /// Reads from the first mirror that answers, else from the registry itself. A mirror
+    /// is a registry of its own: it does not get the registry's credentials.
+    fn from_mirrors<T>(
+        &self,
+        reference: &Reference,
+        read: impl Fn(&Reference, &Endpoint) -> Result<T, RegistryError>,
+    ) -> Result<T, RegistryError> {
+        for mirror in self.mirrors.iter().filter(|mirror| mirror.registry == reference.registry) {
+            let (transport, registry) = mirror.endpoint.registry();
+            let there = Reference { transport, registry, ..reference.clone() };
+            match read(&there, &mirror.endpoint) {
+                Err(error) if !matches!(error, RegistryError::Cancelled) => {
+                    tracing::info!(mirror = mirror.endpoint.as_str(), %error, "a mirror does not serve, asking the registry");
+                }
+                result => return result,
+            }
+        }
+        read(reference, &self.endpoint(reference)?)
     }
 
     /// A small document in whole.

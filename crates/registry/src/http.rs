@@ -2,15 +2,19 @@
 //!
 //! Registries are reached through the proxies of the environment (`HTTPS_PROXY`,
 //! `HTTP_PROXY`, `NO_PROXY`), loopback addresses never. A proxy belongs to a client, so
-//! there are two. Redirects are followed by hand (`transport`), because the choice of
+//! there are two; registries with certificates of their own (`certs.d`) have two more. Redirects are followed by hand (`transport`), because the choice of
 //! client and the removal of credentials depend on the target.
 
+use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use reqwest::redirect::Policy;
 use reqwest::{Client, ClientBuilder, Url};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use crate::error::RegistryError;
 use crate::reference::is_loopback_host;
@@ -30,6 +34,8 @@ pub struct Deadlines {
     pub stall: Duration,
 }
 
+/// Hosts that are remembered to have certificates of their own, or none.
+const MAX_KNOWN_HOSTS: usize = 1000;
 /// A transfer slower than this on average is given up.
 pub const SLOWEST_BYTES_PER_SECOND: u64 = 16 << 10;
 
@@ -57,16 +63,73 @@ impl Deadlines {
     }
 }
 
-/// The clients for both kinds of targets.
+/// The clients for both kinds of targets, and for registries with certificates of their own.
 #[derive(Debug)]
 pub(crate) struct HttpClients {
+    general: Pair,
+    deadlines: Deadlines,
+    user_agent: String,
+    certificates: Vec<PathBuf>,
+    /// By `host[:port]`; `None` for those without.
+    own: Mutex<HashMap<String, Option<Pair>>>,
+}
+
+#[derive(Debug, Clone)]
+struct Pair {
     direct: Client,
     proxied: Client,
 }
 
 impl HttpClients {
-    pub(crate) fn new(deadlines: &Deadlines, user_agent: &str) -> Result<Self, RegistryError> {
-        let tls = tls_configuration()?;
+    pub(crate) fn new(
+        deadlines: &Deadlines,
+        user_agent: &str,
+        certificates: Vec<PathBuf>,
+    ) -> Result<Self, RegistryError> {
+        Ok(Self {
+            general: Pair::new(deadlines, user_agent, tls_configuration(&Certificates::default())?)?,
+            deadlines: *deadlines,
+            user_agent: user_agent.to_owned(),
+            certificates,
+            own: Mutex::default(),
+        })
+    }
+
+    /// The client for a target.
+    pub(crate) fn to(&self, url: &Url) -> Result<Client, RegistryError> {
+        if url.scheme() == "https"
+            && let Some(own) = self.own(&authority(url))?
+        {
+            return Ok(own.to(url));
+        }
+        Ok(self.general.to(url))
+    }
+
+    fn own(&self, host: &str) -> Result<Option<Pair>, RegistryError> {
+        if let Some(known) = self.own.lock().unwrap_or_else(PoisonError::into_inner).get(host) {
+            return Ok(known.clone());
+        }
+        let own = match Certificates::of(host, &self.certificates)? {
+            None => None,
+            Some(certificates) => {
+                Some(Pair::new(&self.deadlines, &self.user_agent, tls_configuration(&certificates)?)?)
+            }
+        };
+        let mut known = self.own.lock().unwrap_or_else(PoisonError::into_inner);
+        // Redirects may lead to any number of hosts.
+        if known.len() < MAX_KNOWN_HOSTS {
+            known.insert(host.to_owned(), own.clone());
+        }
+        Ok(own)
+    }
+}
+
+impl Pair {
+    fn new(
+        deadlines: &Deadlines,
+        user_agent: &str,
+        tls: rustls::ClientConfig,
+    ) -> Result<Self, RegistryError> {
         let builder = || {
             Client::builder()
                 .tls_backend_preconfigured(tls.clone())
@@ -85,16 +148,64 @@ impl HttpClients {
         })
     }
 
-    /// The client for a target.
-    pub(crate) fn to(&self, url: &Url) -> &Client {
-        if url.host_str().is_some_and(is_loopback_host) { &self.direct } else { &self.proxied }
+    fn to(&self, url: &Url) -> Client {
+        let is_here = url.host_str().is_some_and(is_loopback_host);
+        if is_here { self.direct.clone() } else { self.proxied.clone() }
+    }
+}
+
+/// What is trusted, and shown, beside what holds for all registries.
+#[derive(Debug, Default)]
+struct Certificates {
+    authorities: Vec<CertificateDer<'static>>,
+    /// The client's certificate with its chain, and its key.
+    own: Option<(PathBuf, PathBuf)>,
+}
+
+impl Certificates {
+    /// Those of the first directory that knows the host. `hosts` have no slashes: they
+    /// come from URLs.
+    fn of(host: &str, directories: &[PathBuf]) -> Result<Option<Self>, RegistryError> {
+        let Some(directory) = directories.iter().map(|directory| directory.join(host)).find(|d| d.is_dir())
+        else {
+            return Ok(None);
+        };
+        let unreadable = |file: &Path, error: &dyn std::fmt::Display| {
+            RegistryError::Setup(format!("{}: {error}", file.display()))
+        };
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(&directory).map_err(|error| unreadable(&directory, &error))? {
+            files.push(entry.map_err(|error| unreadable(&directory, &error))?.path());
+        }
+        files.sort();
+        let mut found = Self::default();
+        for file in &files {
+            match file.extension().and_then(|extension| extension.to_str()) {
+                Some("crt") => {
+                    let pem =
+                        CertificateDer::pem_file_iter(file).map_err(|error| unreadable(file, &error))?;
+                    for certificate in pem {
+                        found.authorities.push(certificate.map_err(|error| unreadable(file, &error))?);
+                    }
+                }
+                Some("cert") => {
+                    let key = file.with_extension("key");
+                    if !key.is_file() {
+                        return Err(unreadable(file, &format!("lacks its key {}", key.display())));
+                    }
+                    found.own = Some((file.clone(), key));
+                }
+                _ => {}
+            }
+        }
+        Ok(Some(found))
     }
 }
 
 /// TLS with the provider named explicitly: a default one may be missing, or another
 /// crate of the program may have installed its own. Roots are those of the system
 /// (`SSL_CERT_FILE` and `SSL_CERT_DIR` are honoured) and the public ones.
-fn tls_configuration() -> Result<rustls::ClientConfig, RegistryError> {
+fn tls_configuration(own: &Certificates) -> Result<rustls::ClientConfig, RegistryError> {
     let mut roots = rustls::RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
     let native = rustls_native_certs::load_native_certs();
     for error in &native.errors {
@@ -104,11 +215,23 @@ fn tls_configuration() -> Result<rustls::ClientConfig, RegistryError> {
     if ignored > 0 {
         tracing::debug!(ignored, "system certificates that cannot be parsed");
     }
+    for authority in &own.authorities {
+        roots.add(authority.clone()).map_err(|error| RegistryError::Setup(error.to_string()))?;
+    }
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = rustls::ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .map_err(|error| RegistryError::Setup(error.to_string()))?;
-    Ok(builder.with_root_certificates(roots).with_no_client_auth())
+    let builder = builder.with_root_certificates(roots);
+    let Some((file, key)) = &own.own else { return Ok(builder.with_no_client_auth()) };
+    let failed = |file: &Path, error: &dyn std::fmt::Display| {
+        RegistryError::Setup(format!("{}: {error}", file.display()))
+    };
+    let chain = CertificateDer::pem_file_iter(file)
+        .and_then(|pem| pem.collect::<Result<Vec<_>, _>>())
+        .map_err(|error| failed(file, &error))?;
+    let secret = PrivateKeyDer::from_pem_file(key).map_err(|error| failed(key, &error))?;
+    builder.with_client_auth_cert(chain, secret).map_err(|error| failed(file, &error))
 }
 
 /// `host[:port]` of an URL, for messages. Never the path or query of a redirect target:
@@ -144,7 +267,7 @@ pub(crate) fn causes(error: &reqwest::Error) -> String {
     if is_unknown_issuer(error) {
         text.push_str(
             "; if the registry has a certificate authority of its own, name the file with the authority's \
-             certificate in SSL_CERT_FILE",
+             certificate in SSL_CERT_FILE, or put it into /etc/docker/certs.d/HOST/ca.crt",
         );
     }
     if text.is_empty() { "connection failed".to_owned() } else { text }

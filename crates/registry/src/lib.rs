@@ -42,7 +42,7 @@ pub mod answers {
 }
 
 pub use blob::BlobReader;
-pub use client::{Canceller, Client, ClientSettings, FetchedManifest, Image};
+pub use client::{Canceller, Client, ClientSettings, FetchedManifest, Image, Mirror};
 pub use config::{ImageConfig, MAX_CONFIG_BYTES};
 pub use credentials::{Credential, Credentials, CredentialsError};
 pub use digest::{Digest, Digester, InvalidDigest};

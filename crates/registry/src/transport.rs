@@ -217,7 +217,7 @@ impl Transport {
 
     async fn send_once(&self, call: &Call<'_>, url: &Url) -> Result<Response, RegistryError> {
         let mut request =
-            self.shared.http.to(url).request(call.method.clone(), url.clone()).headers(call.headers.clone());
+            self.shared.http.to(url)?.request(call.method.clone(), url.clone()).headers(call.headers.clone());
         if same_origin(url, &call.url)
             && let Some(header) = self.shared.authenticator.header(call.reference, call.access)
         {

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use registry::{
-    Client, ClientSettings, Endpoint, ImageSource, Platform, Reference, ReferenceTransport, RegistryError,
+    Client, ClientSettings, Endpoint, ImageSource, Mirror, Platform, Reference, ReferenceTransport,
+    RegistryError,
 };
 
 use crate::convert::{Layout, PlatformChoice};
@@ -24,6 +25,7 @@ const DEFAULT_REGISTRY: &str = "https://registry-1.docker.io/v2";
     after_help = "\
 Credentials are taken from the files and helpers of docker login and podman login. Plain
 HTTP is spoken to loopback addresses and to registries written with http:// in front.
+Certificates of single registries are taken from /etc/docker/certs.d/HOST[:PORT].
 
 Examples:
   docker2cvmfs convert debian:12 --repository images.example.org \\
@@ -44,6 +46,10 @@ pub(super) struct Arguments {
     /// [default: https://registry-1.docker.io/v2]
     #[arg(long, global = true, value_name = "URL")]
     registry: Option<String>,
+    /// Ask a mirror first, and the registry itself for what the mirror does not have; of
+    /// Docker Hub if no registry is named. May be given several times
+    #[arg(long, global = true, value_name = "[REGISTRY=]URL")]
+    mirror: Vec<Mirror>,
     /// Print version and commit like docker2cvmfs 0.3
     #[arg(short = 'v')]
     pub(super) original_version: bool,
@@ -316,6 +322,11 @@ impl Arguments {
         self.log_level.unwrap_or(default)
     }
 
+    /// Mirrors that are asked first.
+    pub(super) fn mirrors(&self) -> Vec<Mirror> {
+        self.mirror.clone()
+    }
+
     /// Whether a registry was named.
     pub(super) fn has_registry(&self) -> bool {
         self.registry.is_some()
@@ -361,6 +372,7 @@ impl Arguments {
     /// A client for sources, which `--registry` applies to.
     pub(super) fn source_client(&self) -> Result<Client, ConvertError> {
         let endpoint = self.registry.as_deref().map(Endpoint::parse).transpose()?;
-        Ok(Client::new(ClientSettings { endpoint, ..ClientSettings::default() })?)
+        let mirrors = self.mirrors();
+        Ok(Client::new(ClientSettings { endpoint, mirrors, ..ClientSettings::default() })?)
     }
 }

@@ -20,6 +20,7 @@ pub(super) fn run(arguments: &Arguments, loop_: &LoopArguments) -> Result<(Strin
         recipe: loop_.recipe.clone(),
         storage: loop_.storage.clone(),
         keys: loop_.keys.clone(),
+        mirrors: arguments.mirrors(),
         platform: loop_.platform.clone().unwrap_or_default(),
         layout: loop_.layout.layout(),
         thin_images: !loop_.skip_thin_image,

@@ -38,7 +38,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cvmfs_publish::Interrupt;
-use registry::{Client, ClientSettings, Credential, Credentials, Secret};
+use registry::{Client, ClientSettings, Credential, Credentials, Mirror, Secret};
 
 pub use bell::Bell;
 pub use notice::{Notice, notices};
@@ -68,6 +68,8 @@ pub struct LoopRequest {
     pub storage: Option<String>,
     /// Directory with the repository's keys.
     pub keys: PathBuf,
+    /// Mirrors of the sources' registries.
+    pub mirrors: Vec<Mirror>,
     /// The platforms wanted.
     pub platform: PlatformChoice,
     /// Where layers lie in the repository.
@@ -170,8 +172,8 @@ fn one_round(
     for warning in &recipe.warnings {
         tracing::warn!(list = %request.recipe.display(), "{warning}");
     }
-    let source =
-        Client::new(ClientSettings { credentials: source_credentials()?, ..ClientSettings::default() })?;
+    let (credentials, mirrors) = (source_credentials()?, request.mirrors.clone());
+    let source = Client::new(ClientSettings { credentials, mirrors, ..ClientSettings::default() })?;
     let target = Client::new(ClientSettings {
         credentials: target_credentials(&recipe),
         ..ClientSettings::default()

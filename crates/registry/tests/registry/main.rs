@@ -3,5 +3,6 @@
 
 mod docker_registry;
 mod faults;
+mod mirrors;
 mod script;
 mod tokens;
