@@ -20,21 +20,12 @@ pub enum ConvertError {
     /// The repository.
     #[error(transparent)]
     Publish(#[from] PublishError),
-    /// A layer whose archive cannot be published.
-    #[error("layer {digest}")]
-    Archive {
-        /// Digest of the layer's blob.
-        digest: String,
-        /// The entry and the rule that it breaks.
-        #[source]
-        cause: layer_tar::TarError,
-    },
-    /// A layer that could be read, but not ingested.
+    /// A layer that is not what the image says, or cannot be published.
     #[error("layer {digest}")]
     Ingest {
         /// Digest of the layer's blob.
         digest: String,
-        /// The entry and the rule that it breaks.
+        /// The stream, or the entry and the rule that it breaks.
         #[source]
         cause: PublishError,
     },

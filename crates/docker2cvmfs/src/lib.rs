@@ -6,16 +6,16 @@
 //! 1. the image's manifest and configuration are fetched and verified;
 //! 2. a policy, if there is one, accepts or refuses it ([`policy`]);
 //! 3. the published revision is asked, without a lock, which layers it has;
-//! 4. the missing ones are downloaded into a spool and checked wholly: digest of the
-//!    blob, diff id of the content, every entry of the archive;
-//! 5. all of them are ingested in one transaction, so in one revision;
+//! 4. the missing ones are downloaded into a spool, the digest of each blob verified;
+//! 5. all of them are unpacked and ingested in one transaction, so in one revision; the diff
+//!    id of the content and every entry of the archive are checked on the way;
 //! 6. the thin image is pushed or written to a file.
 //!
 //! [`wishes`] does that for a list of images, again and again.
 //!
 //! Invariants:
 //!
-//! * Nothing reaches the repository before all layers of the image were verified.
+//! * Nothing is published before all layers of the image were verified.
 //! * The publisher's lock is held for step 5 only, never while waiting for a network.
 //! * A revision has all layers of an image or none; the thin image comes after it.
 //! * The thin image depends on nothing but its source and its place in the repository:

@@ -196,7 +196,7 @@ impl Client {
 
     /// A manifest's content type and bytes, held against the digests that are known of it.
     fn verified_document(&self, reference: &Reference) -> Result<(Option<String>, Vec<u8>), RegistryError> {
-        self.from_mirrors(reference, |reference, endpoint| self.verified_document_at(reference, endpoint))
+        self.mirrored(reference, |reference, endpoint| self.verified_document_at(reference, endpoint))
     }
 
     fn verified_document_at(
@@ -230,7 +230,7 @@ impl Client {
     /// # Errors
     /// Network, not found, denied.
     pub fn stated_digest(&self, reference: &Reference) -> Result<Option<Digest>, RegistryError> {
-        self.from_mirrors(reference, |reference, endpoint| self.stated_digest_at(reference, endpoint))
+        self.mirrored(reference, |reference, endpoint| self.stated_digest_at(reference, endpoint))
     }
 
     fn stated_digest_at(
@@ -416,7 +416,7 @@ impl Client {
         blob: &Descriptor,
         object: String,
     ) -> Result<BlobReader, RegistryError> {
-        self.from_mirrors(reference, |reference, endpoint| {
+        self.mirrored(reference, |reference, endpoint| {
             let url = endpoint.url(reference, &format!("blobs/{}", blob.digest));
             let (descriptor, object) = (blob.clone(), object.clone());
             let part = blob::Blob { reference: reference.clone(), url, descriptor, object };
@@ -426,7 +426,7 @@ impl Client {
 
     /// Reads from the first mirror that answers, else from the registry itself. A mirror
     /// is a registry of its own: it does not get the registry's credentials.
-    fn from_mirrors<T>(
+    fn mirrored<T>(
         &self,
         reference: &Reference,
         read: impl Fn(&Reference, &Endpoint) -> Result<T, RegistryError>,

@@ -1,5 +1,6 @@
 //! Spooled layers into one revision of the repository.
 
+use std::collections::HashMap;
 use std::io::{self, Read};
 
 use cvmfs_publish::{IngestOptions, PublishError, Publisher, Transaction};
@@ -30,9 +31,10 @@ pub(super) fn image(
     progress: &Progress,
 ) -> Result<Stored, ConvertError> {
     let mut ingest = Ingest::begin(publisher, progress)?;
-    let sizes = spooled.iter().map(|layer| (layer.wanted.path.clone(), layer.plain_bytes)).collect();
+    let mut sizes = HashMap::new();
     for mut layer in spooled {
         ingest.layer(&mut layer)?;
+        sizes.extend(layer.plain_bytes.map(|bytes| (layer.wanted.path.clone(), bytes)));
     }
     if plan.layout == Layout::Unpacked {
         Unpacked::default().write(plan, &mut ingest, published, &sizes)?;
@@ -64,18 +66,17 @@ impl<'a> Ingest<'a> {
             return Ok(false);
         }
         let digest = layer.wanted.blob.digest.to_string();
-        let failed = |cause| match cause {
-            PublishError::Interrupted => ConvertError::Interrupted,
-            cause => ConvertError::Ingest { digest: digest.clone(), cause },
-        };
         let meter = self.progress.ingest(&layer.wanted.blob);
-        let stream = layer.open().map_err(|cause| failed(PublishError::Input(cause)))?;
+        let stream = layer.open().map_err(|cause| failed(&digest, PublishError::Input(cause)))?;
         let mut stream = Metered { stream, meter: &meter };
         let options = IngestOptions::of_layer();
-        let report = self.transaction.ingest_tar(path.as_bytes(), &mut stream, &options).map_err(failed)?;
+        let ingested = self.transaction.ingest_tar(path.as_bytes(), &mut stream, &options);
+        let report = ingested.map_err(|cause| failed(&digest, cause))?;
         self.new += 1;
         // What the archive's reader left, so that the diff id is checked in any case.
-        io::copy(&mut stream, &mut io::sink()).map_err(|cause| failed(PublishError::Input(cause)))?;
+        let rest = io::copy(&mut stream, &mut io::sink());
+        rest.map_err(|cause| failed(&digest, PublishError::Input(cause)))?;
+        layer.plain_bytes = Some(stream.stream.plain_bytes());
         for warning in &report.warnings {
             tracing::warn!(layer = digest, "{warning}");
         }
@@ -125,6 +126,13 @@ impl<'a> Ingest<'a> {
         let report = self.transaction.commit(None)?;
         self.progress.step(&format!("revision {} published", report.revision));
         Ok(Stored { revision: report.revision, bytes_stored: report.bytes_stored })
+    }
+}
+
+fn failed(digest: &str, cause: PublishError) -> ConvertError {
+    match cause {
+        PublishError::Interrupted => ConvertError::Interrupted,
+        cause => ConvertError::Ingest { digest: digest.to_owned(), cause },
     }
 }
 

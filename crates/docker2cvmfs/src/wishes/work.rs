@@ -253,9 +253,9 @@ impl<'a> Workshop<'a> {
 fn sizes_of(layers: &[SharedLayer]) -> HashMap<String, u64> {
     let size = |layer: &SharedLayer| {
         let layer = lock(layer);
-        (layer.wanted.path.clone(), layer.plain_bytes)
+        layer.plain_bytes.map(|bytes| (layer.wanted.path.clone(), bytes))
     };
-    layers.iter().map(size).collect()
+    layers.iter().filter_map(size).collect()
 }
 
 /// All layers of an image, or none of those that it brought.
