@@ -132,7 +132,7 @@ fn many_layers() -> Image {
             .directory("srv", 0o755)
             .file(&format!("srv/f{}", n % 9), 0o644, text.as_bytes())
             .owner(n as u32, 7)
-            .file(&format!("srv/own{n}"), 0o644, text.as_bytes())
+            .file(&format!("srv/own{n}"), 0o600, text.as_bytes())
             .hard_link(&format!("srv/link{n}"), &format!("srv/own{n}"))
             .owner(0, 0)
             .directory(&format!("srv/d{}", n % 5), 0o700 | (n as u32 % 8))

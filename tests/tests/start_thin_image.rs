@@ -336,6 +336,7 @@ fn an_operator_sees_what_is_lazy_and_how_much_was_fetched() {
         assert_eq!(capabilities & !needed, 0, "{pid}: {capabilities:x}");
         assert_eq!(u64::from_str_radix(&field("CapEff:"), 16).unwrap() & !needed, 0, "{pid}");
         assert_eq!(field("NoNewPrivs:"), "1", "{pid}");
+        assert_eq!(field("Seccomp:"), "2", "{pid}: system calls are filtered");
     }
 
     let metrics = {

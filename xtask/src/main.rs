@@ -32,6 +32,9 @@ enum Task {
         /// Leave out the tests that need root
         #[arg(long)]
         quick: bool,
+        /// `all`: run those that start an engine on newer ones, too, which are fetched from Debian
+        #[arg(long, value_enum, default_value_t, conflicts_with = "quick")]
+        engines: test::Engines,
     },
     /// Build the managed plugin: config.json, rootfs and the tarball
     Plugin {
@@ -54,7 +57,7 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::Demo(options) => demo::run(&options),
-        Task::Test { quick } => test::run(quick),
+        Task::Test { quick, engines } => test::run(quick, engines),
         Task::Plugin { output } => plugin::run(&output),
         Task::Bench(options) => bench::run(&options),
         Task::Soak(options) => soak::run(&options),

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -23,6 +24,32 @@ const PACKAGES: [&str; 10] = [
     "zstd",
     "gcc",
     "libc6-dev",
+];
+
+/// Engines on which the tests run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Engines {
+    /// The installed one.
+    #[default]
+    Installed,
+    /// Newer ones, too.
+    All,
+}
+
+/// Newer engines, by the Debian release that has them: the last one with graph driver plugins in Debian.
+const NEWER_ENGINES: [&str; 1] = ["trixie"];
+
+/// What starts an engine.
+const WITH_ENGINES: [&str; 9] = [
+    "bad_descriptors",
+    "commit_thin_image",
+    "converted_images",
+    "crash_matrix",
+    "docker",
+    "docker_thin",
+    "every_verb",
+    "start_thin_image",
+    "survive_restarts",
 ];
 
 /// Tests that mount need root, and the stories start engines: so many at a time, on any machine.
@@ -84,7 +111,7 @@ fn failed_target(line: &str) -> Option<Vec<String>> {
 }
 
 /// Runs everything and prints the total as the last line; an error if anything failed.
-pub fn run(quick: bool) -> Result<()> {
+pub fn run(quick: bool, engines: Engines) -> Result<()> {
     if !quick {
         testkit::install(&PACKAGES)?;
     }
@@ -114,11 +141,14 @@ pub fn run(quick: bool) -> Result<()> {
     }
     let mut rows = Rows::default();
     let mut failures = Failures::default();
-    let mut outcome = tests(&mut rows, &mut failures, "tests", &selection)?;
+    let mut outcome = tests(&mut rows, &mut failures, "tests", &selection, None)?;
     let unsteady = again(&mut rows, &failures)?;
     outcome.passed += unsteady;
     outcome.failed -= unsteady.min(outcome.failed);
     total.add(outcome);
+    if engines == Engines::All {
+        total.add(on_newer_engines(&mut rows)?);
+    }
     rows.print()?;
     finish(total)
 }
@@ -136,7 +166,7 @@ fn again(rows: &mut Rows, failures: &Failures) -> Result<u64> {
     arguments.extend(["--", "--exact", "--test-threads=1"]);
     arguments.extend(failures.names.iter().map(String::as_str));
     let mut repeated = Failures::default();
-    tests(rows, &mut repeated, "tests that failed, once more", &arguments)?;
+    tests(rows, &mut repeated, "tests that failed, once more", &arguments, None)?;
     let mut unsteady = 0;
     for name in failures.names.iter().filter(|name| !repeated.names.contains(*name)) {
         // A program that was killed names neither those that passed nor those that failed.
@@ -147,6 +177,21 @@ fn again(rows: &mut Rows, failures: &Failures) -> Result<u64> {
         }
     }
     Ok(unsteady)
+}
+
+/// The tests that start an engine, on each of the newer ones.
+fn on_newer_engines(rows: &mut Rows) -> Result<Total> {
+    let mut total = Total::default();
+    for suite in NEWER_ENGINES {
+        let directory = testkit::workspace_root().join("target/engines").join(suite);
+        testkit::engine::fetch(suite, &directory)?;
+        let mut selection = vec!["test", "--workspace", "--no-fail-fast"];
+        selection.extend(WITH_ENGINES.iter().flat_map(|name| ["--test", name]));
+        let mut failures = Failures::default();
+        let name = format!("tests on the engine of {suite}");
+        total.add(tests(rows, &mut failures, &name, &selection, Some(&directory))?);
+    }
+    Ok(total)
 }
 
 fn finish(total: Total) -> Result<()> {
@@ -179,12 +224,21 @@ fn check(total: &mut Total, name: &str, arguments: &[&str]) -> Result<bool> {
 }
 
 /// Runs `cargo test …`, shows its output as it comes, and adds up the counts of all test programs.
-fn tests(rows: &mut Rows, failures: &mut Failures, name: &str, arguments: &[&str]) -> Result<Total> {
+fn tests(
+    rows: &mut Rows,
+    failures: &mut Failures,
+    name: &str,
+    arguments: &[&str],
+    engine: Option<&Path>,
+) -> Result<Total> {
     let started = Instant::now();
     println!("== {name}: cargo {}", arguments.join(" "));
     // One pipe for both: what cargo says stands where it belongs.
     let (output, writer) = std::io::pipe().context("cannot make a pipe")?;
     let mut command = merged(cargo(arguments));
+    if let Some(engine) = engine {
+        command.env(testkit::engine::VARIABLE, engine);
+    }
     command.env(THREADS.0, THREADS.1).stdout(writer.try_clone()?).stderr(writer);
     let mut child = command.spawn().context("cannot run cargo")?;
     // It holds the writing end.

@@ -14,7 +14,7 @@
 //! | entry without its parent directories | parents are made: 0755, 0:0, time of that entry |
 //! | entry below a symbolic link | goes where the link leads, within the base (see `links`) |
 //! | entry below something else that is no directory | refused |
-//! | hard link | another name of the target as it is then; a target that comes later counts at the end |
+//! | hard link | another name of the target as it is then, whose metadata become those of this entry; a target that comes later counts at the end |
 //! | hard link to nothing or to a directory | refused |
 //! | whiteout and the name itself | the name wins; a directory becomes opaque |
 
@@ -170,15 +170,20 @@ impl LayerTree {
         self.put(path, Child::Leaf(id), time)
     }
 
+    /// Adds another name of a file. `meta` is what the entry says of it, if it says something of its own.
     pub(crate) fn add_hard_link(
         &mut self,
         path: &LayerPath,
         target: &LayerPath,
         time: Timestamp,
+        meta: Option<Meta>,
     ) -> Result<(), PublishError> {
         match find(&self.root, target) {
             Some(Child::Leaf(id)) => {
                 let id = *id;
+                if let Some(meta) = meta {
+                    self.describe_again(id, meta);
+                }
                 self.put(path, Child::Leaf(id), time)
             }
             Some(Child::Directory(_)) => Err(links_to_directory(path, target)),
@@ -186,6 +191,19 @@ impl LayerTree {
                 self.unresolved += 1;
                 self.put(path, Child::Link(target.clone()), time)
             }
+        }
+    }
+
+    /// Engines give a hard link's metadata to the file, which all its names share. Writers repeat those of the file.
+    fn describe_again(&mut self, id: LeafId, meta: Meta) {
+        if let Some(leaf) = self.leaves.get_mut(id.0)
+            && !matches!(leaf.kind, Kind::Symlink(_))
+        {
+            let Meta { permissions, uid, gid, mtime, xattrs } = meta;
+            for (name, value) in xattrs.iter() {
+                leaf.meta.xattrs.insert(name.to_vec(), value.to_vec());
+            }
+            leaf.meta = Meta { permissions, uid, gid, mtime, xattrs: std::mem::take(&mut leaf.meta.xattrs) };
         }
     }
 
@@ -424,6 +442,18 @@ mod tests {
     }
 
     #[test]
+    fn a_hard_link_describes_the_file_that_it_is_another_name_of() {
+        let mut tree = tree();
+        tree.add_leaf(&path("a"), fifo(0o600)).unwrap();
+        let link = Meta { uid: 7, ..meta(0o644) };
+        tree.add_hard_link(&path("b"), &path("a"), (0, 0), Some(link.clone())).unwrap();
+        tree.finish().unwrap();
+        for name in ["a", "b"] {
+            assert_eq!(leaf(&tree, name).meta, link, "{name}");
+        }
+    }
+
+    #[test]
     fn a_directory_entry_after_its_content_sets_the_metadata() {
         let mut tree = tree();
         tree.add_leaf(&path("a/f"), fifo(0)).unwrap();
@@ -460,8 +490,8 @@ mod tests {
     #[test]
     fn hard_links_follow_chains_and_forward_targets() {
         let mut tree = tree();
-        tree.add_hard_link(&path("c"), &path("b"), (0, 0)).unwrap();
-        tree.add_hard_link(&path("b"), &path("d/a"), (0, 0)).unwrap();
+        tree.add_hard_link(&path("c"), &path("b"), (0, 0), None).unwrap();
+        tree.add_hard_link(&path("b"), &path("d/a"), (0, 0), None).unwrap();
         tree.add_leaf(&path("d/a"), fifo(5)).unwrap();
         tree.finish().unwrap();
         for name in ["a", "b", "c"] {
@@ -474,7 +504,7 @@ mod tests {
     fn a_hard_link_keeps_its_target_when_the_target_is_replaced() {
         let mut tree = tree();
         tree.add_leaf(&path("a"), fifo(1)).unwrap();
-        tree.add_hard_link(&path("b"), &path("a"), (0, 0)).unwrap();
+        tree.add_hard_link(&path("b"), &path("a"), (0, 0), None).unwrap();
         tree.add_leaf(&path("a"), fifo(2)).unwrap();
         tree.finish().unwrap();
         assert_eq!(leaf(&tree, "b").meta.permissions, 1);
@@ -484,8 +514,8 @@ mod tests {
     fn a_link_to_a_directory_is_refused_and_a_missing_target_is_left_to_the_repository() {
         let mut tree = tree();
         tree.add_directory(&path("d"), meta(0)).unwrap();
-        assert!(tree.add_hard_link(&path("l"), &path("d"), (0, 0)).is_err());
-        tree.add_hard_link(&path("m"), &path("self/m"), (0, 0)).unwrap();
+        assert!(tree.add_hard_link(&path("l"), &path("d"), (0, 0), None).is_err());
+        tree.add_hard_link(&path("m"), &path("self/m"), (0, 0), None).unwrap();
         tree.finish().unwrap();
         assert!(matches!(find(&tree.root, &path("m")), Some(Child::Link(_))));
     }

@@ -14,7 +14,7 @@ use crate::options::MountMethod;
 use crate::plugin::{MountsFactory, Plugin};
 use crate::publishing::Publishing;
 use crate::repositories::{ClientMounts, ClientOptions, ExternalMounts, owners};
-use crate::{keeper, privileges, server, status_command};
+use crate::{keeper, privileges, server, status_command, system_calls};
 
 /// Where dockerd expects the socket of a managed plugin.
 const PLUGIN_SOCKET: &str = "/run/docker/plugins/plugin.sock";
@@ -137,6 +137,9 @@ pub fn run() -> ExitCode {
     };
     if let Err(error) = privileges::drop_unneeded() {
         tracing::warn!(%error, "the plugin keeps privileges that it does not need");
+    }
+    if let Err(error) = system_calls::refuse_unneeded() {
+        tracing::warn!(error, "system calls are not filtered");
     }
     let result = if keeper::is_needed() && !options.inherited_socket {
         keeper::run(&options.socket)

@@ -30,3 +30,4 @@ pub mod repositories;
 pub mod server;
 mod status_command;
 pub mod store;
+mod system_calls;

@@ -223,7 +223,11 @@ impl Dockerd {
         // The machine's own /etc/docker/daemon.json is none of ours.
         let config = self.runtime.path().join("daemon.json");
         std::fs::write(&config, "{}")?;
-        let mut command = Command::new("/usr/sbin/dockerd");
+        let (program, search_path) = crate::engine::dockerd();
+        let mut command = Command::new(program);
+        if let Some(search_path) = search_path {
+            command.env("PATH", search_path);
+        }
         command
             .args(["-s", &self.options.storage_driver])
             .arg("--data-root")
@@ -236,7 +240,7 @@ impl Dockerd {
             .arg(self.pid_file())
             .arg("--config-file")
             .arg(&config)
-            .args(["--iptables=false", "--bridge=none"]);
+            .args(["--iptables=false", "--ip6tables=false", "--bridge=none"]);
         if self.options.experimental {
             command.arg("--experimental");
         }

@@ -15,6 +15,7 @@ pub mod binary;
 pub mod black_hole;
 pub mod client;
 pub mod dockerd;
+pub mod engine;
 pub mod fixture;
 pub mod http;
 pub mod image;

@@ -91,7 +91,7 @@ impl Walk<'_, '_, '_> {
         let identity = (metadata.dev(), metadata.ino());
         if metadata.nlink() > 1 && marker.is_none() {
             if let Some(first) = self.seen.get(&identity) {
-                return self.tree.add_hard_link(&path, first, mtime(metadata));
+                return self.tree.add_hard_link(&path, first, mtime(metadata), None);
             }
             self.seen.insert(identity, path.clone());
         }

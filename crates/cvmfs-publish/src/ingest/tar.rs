@@ -57,7 +57,7 @@ fn add<R: Read>(
                 Err(PublishError::Entry { .. }) => target.clone(),
                 target => target?,
             };
-            return tree.add_hard_link(&path, &target, meta.mtime);
+            return tree.add_hard_link(&path, &target, meta.mtime, Some(meta));
         }
         EntryKind::File { size } => {
             let size = *size;

@@ -9,8 +9,9 @@ use tempfile::NamedTempFile;
 
 use super::arguments::{Arguments, PullArguments};
 use super::{inspect, publish};
-use crate::convert::ConvertRequest;
+use crate::convert::{ConvertRequest, resolve};
 use crate::failure::ConvertError;
+use crate::policy::Policy;
 use crate::progress::Progress;
 
 pub(super) fn pull(arguments: &Arguments, pull: &PullArguments) -> Result<String, ConvertError> {
@@ -45,7 +46,11 @@ fn into_directory(
     pull: &PullArguments,
     directory: &Path,
 ) -> Result<String, ConvertError> {
+    let policy = pull.layout.policy.as_deref().map(Policy::read).transpose()?;
     let (source, image) = inspect::fetch(arguments, &pull.image)?;
+    if let Some(policy) = policy {
+        policy.check(&resolve(&source, &publish::choice(&pull.image.platform))?)?;
+    }
     let progress = if arguments.json { Progress::silent() } else { Progress::on_stderr() };
     fs::create_dir_all(directory)
         .map_err(|cause| ConvertError::Output { file: directory.to_owned(), cause })?;

@@ -22,12 +22,12 @@ pub(crate) struct Stored {
 }
 
 /// Ingests an image's layers that are not there yet, and what the layout has beside them,
-/// in one transaction. `published` is the revision that it begins with.
+/// in one transaction. `published` opens the revision that it begins with.
 pub(super) fn image(
     publisher: &mut Publisher,
     plan: &Plan,
     spooled: Vec<SpooledLayer>,
-    published: &mut Published,
+    published: impl FnOnce() -> Result<Published, ConvertError>,
     progress: &Progress,
 ) -> Result<Stored, ConvertError> {
     let mut ingest = Ingest::begin(publisher, progress)?;
@@ -37,7 +37,7 @@ pub(super) fn image(
         sizes.extend(layer.plain_bytes.map(|bytes| (layer.wanted.path.clone(), bytes)));
     }
     if plan.layout == Layout::Unpacked {
-        Unpacked::default().write(plan, &mut ingest, published, &sizes)?;
+        Unpacked::new(published()?).write(plan, &mut ingest, &sizes)?;
     }
     ingest.commit()
 }

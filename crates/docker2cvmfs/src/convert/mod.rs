@@ -131,8 +131,8 @@ impl Conversion<'_> {
         let options = cvmfs_publish::OpenOptions { interrupt: self.interrupt.clone(), ..Default::default() };
         let mut publisher = Publisher::open_with(&request.fqrn, &request.storage, &request.keys, options)?;
         // What it has now, under the lock.
-        let mut published = Published::open(&request.fqrn, &request.storage, &request.keys, spool)?;
-        let stored = ingest::image(&mut publisher, plan, spooled, &mut published, self.progress)?;
+        let published = || Published::open(&request.fqrn, &request.storage, &request.keys, spool);
+        let stored = ingest::image(&mut publisher, plan, spooled, published, self.progress)?;
         report.revision = stored.revision;
         report.bytes_stored = stored.bytes_stored;
         Ok(())

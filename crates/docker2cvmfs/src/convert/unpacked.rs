@@ -30,10 +30,12 @@ const CATALOG: &str = ".cvmfscatalog";
 const MAX_ORIGIN_BYTES: u64 = 16 << 20;
 
 /// What one transaction writes of this layout.
-#[derive(Debug, Default)]
 pub(crate) struct Unpacked {
+    /// The revision that the transaction began with.
+    published: Published,
     /// Back references that this transaction has written already, by their path.
-    origins: HashMap<String, Origin>,
+    /// `None` for one that is not to be touched.
+    origins: HashMap<String, Option<Origin>>,
 }
 
 /// The images that a layer belongs to, by the digests of their configurations.
@@ -44,20 +46,24 @@ struct Origin {
 }
 
 impl Unpacked {
+    /// For a transaction that began with the revision `published`.
+    pub(crate) fn new(published: Published) -> Self {
+        Self { published, origins: HashMap::new() }
+    }
+
     /// Writes what belongs to an image whose layers are in the transaction or were there
-    /// before. `published` is the revision that the transaction began with, `sizes` has the
-    /// uncompressed bytes of layers by their paths, as far as they are known.
+    /// before. `sizes` has the uncompressed bytes of layers by their paths, as far as they
+    /// are known.
     pub(crate) fn write(
         &mut self,
         plan: &Plan,
         ingest: &mut Ingest<'_>,
-        published: &mut Published,
         sizes: &HashMap<String, u64>,
     ) -> Result<(), ConvertError> {
         let mut members = Members::default();
         for image in &plan.images {
             for layer in &image.layers {
-                self.describe_layer(image, layer, ingest, published, sizes, &mut members)?;
+                self.describe_layer(image, layer, ingest, sizes, &mut members)?;
             }
             write_flat(image, ingest, &mut members)?;
         }
@@ -76,7 +82,6 @@ impl Unpacked {
         image: &PlannedImage,
         layer: &PlannedLayer,
         ingest: &mut Ingest<'_>,
-        published: &mut Published,
         sizes: &HashMap<String, u64>,
         members: &mut Members,
     ) -> Result<(), ConvertError> {
@@ -100,14 +105,11 @@ impl Unpacked {
             members.add(&described, Member::File(document.to_string().into_bytes()));
         }
         let path = format!("{metadata}/origin.json");
-        let origin = match self.origins.get_mut(&path) {
-            Some(origin) => origin,
-            None => {
-                let bytes = published.file(&format!("/{path}"), MAX_ORIGIN_BYTES)?;
-                let before = bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
-                self.origins.entry(path.clone()).or_insert(before)
-            }
-        };
+        if !self.origins.contains_key(&path) {
+            let origin = self.published_origin(&format!("/{path}"))?;
+            self.origins.insert(path.clone(), origin);
+        }
+        let Some(Some(origin)) = self.origins.get_mut(&path) else { return Ok(()) };
         let id = image.image.image.manifest.config.digest.to_string();
         if !origin.origin.contains(&id) {
             origin.origin.push(id);
@@ -115,6 +117,20 @@ impl Unpacked {
             members.add(&path, Member::File(text));
         }
         Ok(())
+    }
+}
+
+impl Unpacked {
+    /// The list that a revision has; empty if it has none. What is there and cannot be read
+    /// is left alone: others rely on it.
+    fn published_origin(&mut self, path: &str) -> Result<Option<Origin>, ConvertError> {
+        let bytes = self.published.file(path, MAX_ORIGIN_BYTES)?;
+        let origin = bytes.as_deref().and_then(|bytes| serde_json::from_slice::<Origin>(bytes).ok());
+        if origin.is_none() && self.published.exists(path)? {
+            tracing::warn!(path, "is no list of images, and is left as it is");
+            return Ok(None);
+        }
+        Ok(Some(origin.unwrap_or_default()))
     }
 }
 

@@ -164,15 +164,18 @@ impl<'a> Workshop<'a> {
             good = batch;
         } else {
             let mut publisher = self.round.publisher()?;
-            // What it has now, under the lock.
-            let mut published = self.round.published()?;
-            let mut unpacked = Unpacked::default();
+            let mut unpacked = None;
             let mut ingest = Ingest::begin(&mut publisher, self.round.progress)?;
             for image in batch {
                 let mut result = ingest_image(&mut ingest, &image.layers);
                 if result.is_ok() && image.work.plan.layout == Layout::Unpacked {
-                    let sizes = sizes_of(&image.layers);
-                    result = unpacked.write(&image.work.plan, &mut ingest, &mut published, &sizes);
+                    if unpacked.is_none() {
+                        // What the repository has now, under the lock.
+                        unpacked = Some(Unpacked::new(self.round.published()?));
+                    }
+                    if let Some(unpacked) = &mut unpacked {
+                        result = unpacked.write(&image.work.plan, &mut ingest, &sizes_of(&image.layers));
+                    }
                 }
                 match result {
                     Ok(()) => good.push(image),

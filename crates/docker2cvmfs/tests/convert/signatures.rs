@@ -119,6 +119,11 @@ fn only_what_the_key_signed_is_published() {
     let other = place.convert(&place.registry.reference("other", "1"), &["--policy", &policy]);
     assert_ne!(other.code, 0);
     assert_eq!(place.published_paths(), before, "nothing was published");
+    let directory = place.path("pulled");
+    let bare = place.registry.reference("team/app", "bare");
+    let pulled = place.run(&["pull", &bare, directory.to_str().unwrap(), "--policy", &policy]);
+    assert_eq!(pulled.code, 3, "{}", pulled.stderr);
+    assert!(!directory.exists(), "nothing was fetched");
     let report = convert("signed").json();
     assert_eq!(report["digest"], signed);
     place.assert_consistent();
