@@ -15,12 +15,21 @@ pub struct Interrupt(Arc<AtomicU8>);
 const RUNNING: u8 = 0;
 const REQUESTED: u8 = 1;
 const COMMITTING: u8 = 2;
+/// A wish that came too late for the revision that is committed, and counts for the next one.
+const COMMITTING_LAST: u8 = 3;
 
 impl Interrupt {
     /// Asks the publish to stop. False if it is committing already.
     pub fn request(&self) -> bool {
-        let before = self.0.compare_exchange(RUNNING, REQUESTED, Ordering::SeqCst, Ordering::SeqCst);
-        before != Err(COMMITTING)
+        match self.0.compare_exchange(RUNNING, REQUESTED, Ordering::SeqCst, Ordering::SeqCst) {
+            Ok(_) | Err(REQUESTED) => true,
+            Err(_) => {
+                let late =
+                    self.0.compare_exchange(COMMITTING, COMMITTING_LAST, Ordering::SeqCst, Ordering::SeqCst);
+                // The commit may have ended in between.
+                late == Err(RUNNING) && self.request()
+            }
+        }
     }
 
     /// An error if a stop was asked for. Called between pieces of work.
@@ -31,14 +40,16 @@ impl Interrupt {
     /// Ends the time in which a stop is possible; called right before a revision becomes visible.
     pub(crate) fn begin_commit(&self) -> Result<(), PublishError> {
         match self.0.compare_exchange(RUNNING, COMMITTING, Ordering::SeqCst, Ordering::SeqCst) {
-            Err(REQUESTED) => Err(PublishError::Interrupted),
+            Err(REQUESTED | COMMITTING_LAST) => Err(PublishError::Interrupted),
             _ => Ok(()),
         }
     }
 
     /// Begins it again, for the next revision of the same publisher.
     pub(crate) fn end_commit(&self) {
-        let _ = self.0.compare_exchange(COMMITTING, RUNNING, Ordering::SeqCst, Ordering::SeqCst);
+        if self.0.compare_exchange(COMMITTING, RUNNING, Ordering::SeqCst, Ordering::SeqCst).is_err() {
+            let _ = self.0.compare_exchange(COMMITTING_LAST, REQUESTED, Ordering::SeqCst, Ordering::SeqCst);
+        }
     }
 }
 
@@ -57,6 +68,7 @@ mod tests {
         assert!(!late.request());
         late.check().unwrap();
         late.end_commit();
+        assert!(late.check().is_err(), "it counts for what would come next");
         assert!(late.request());
     }
 }

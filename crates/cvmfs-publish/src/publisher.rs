@@ -287,13 +287,18 @@ impl Transaction<'_> {
         let base = RepositoryPath::parse(base)?;
         let layers = layers.iter().map(|path| RepositoryPath::parse(path)).collect::<Result<Vec<_>, _>>()?;
         let layers: Vec<&[u8]> = layers.iter().map(RepositoryPath::as_bytes).collect();
-        self.unfinished = true;
+        let was_unfinished = std::mem::replace(&mut self.unfinished, true);
         let interrupt = &self.publisher.options.interrupt;
         let mut stack = Stack { workspace: &mut self.workspace, interrupt, entries: 0 };
         stack.at(base.as_bytes(), &layers)?;
         let entries = stack.entries;
-        self.unfinished = false;
+        self.unfinished = was_unfinished;
         Ok(entries)
+    }
+
+    /// Whether it can be committed. A change of the catalogs that failed halfway makes it useless: it is to be dropped.
+    pub fn is_sound(&self) -> bool {
+        !self.unfinished
     }
 
     /// Whether there is an entry at `path` with the changes so far.
@@ -313,7 +318,7 @@ impl Transaction<'_> {
             let fqrn = &self.publisher.fqrn;
             return Err(PublishError::NotFound(format!("there is no {path} in {fqrn} to delete")));
         };
-        self.unfinished = true;
+        let was_unfinished = std::mem::replace(&mut self.unfinished, true);
         let bytes = path.as_bytes();
         if entry.is_directory() {
             self.workspace.remove_tree(at, bytes, &entry)?;
@@ -328,7 +333,7 @@ impl Transaction<'_> {
                 self.workspace.merge(parent_of(bytes))?;
             }
         }
-        self.unfinished = false;
+        self.unfinished = was_unfinished;
         Ok(())
     }
 
@@ -424,7 +429,7 @@ impl Transaction<'_> {
         self.pipeline.wait()?;
         self.publisher.options.interrupt.check()?;
         tracing::debug!(base = %shown(base.as_bytes()), entries = report.entries, "archive read, applying it");
-        self.unfinished = true;
+        let was_unfinished = std::mem::replace(&mut self.unfinished, true);
         let apply = Apply {
             workspace: &mut self.workspace,
             pipeline: &self.pipeline,
@@ -437,7 +442,7 @@ impl Transaction<'_> {
             now,
         };
         apply.at(&base)?;
-        self.unfinished = false;
+        self.unfinished = was_unfinished;
         Ok(report)
     }
 }

@@ -14,6 +14,7 @@ use cvmfs_format::catalog::{Entry, EntryKind};
 use cvmfs_format::xattr::Xattrs;
 use layer_tar::is_overlay_xattr;
 
+use crate::balance::AUTO_MARKER;
 use crate::error::PublishError;
 use crate::interrupt::Interrupt;
 use crate::tree::MAX_DEPTH;
@@ -129,7 +130,7 @@ impl Stack<'_> {
             let mut is_last = false;
             for entry in entries {
                 let name = entry.name.clone();
-                if name == MARKER {
+                if name == MARKER || name == AUTO_MARKER {
                     continue;
                 } else if name == OPAQUE_MARK {
                     is_last = true;
@@ -139,6 +140,9 @@ impl Stack<'_> {
                     continue;
                 }
                 let path = joined(directory, &name);
+                if entry.is_bind_mountpoint() {
+                    return Err(PublishError::entry(&path, "is a bind mountpoint, which no layer has"));
+                }
                 let is_directory = entry.is_directory();
                 match slots.get_mut(&name) {
                     None => {

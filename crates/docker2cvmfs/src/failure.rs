@@ -98,12 +98,31 @@ pub enum ConvertError {
     Recipe(#[from] RecipeError),
     /// Another process works on the same wish list.
     #[error(
-        "another process works with {}; wait for its end, or give this one a directory of its own (--state)",
+        "another process works with {}; wait for its end. A list of its own needs --state and --subdirectory of its own",
         directory.display()
     )]
     Busy {
         /// The directory of records.
         directory: PathBuf,
+    },
+    /// A record that cannot be read.
+    #[error(
+        "the record {} cannot be read, so nothing is removed; remove it by hand, and its image is looked at again",
+        file.display()
+    )]
+    Record {
+        /// The file.
+        file: PathBuf,
+    },
+    /// Records of another repository.
+    #[error(
+        "the records are of repository {before}, and the list is for {now}; give it a directory of its own (--state)"
+    )]
+    OtherRepository {
+        /// The list's.
+        now: String,
+        /// The records'.
+        before: String,
     },
     /// The records of earlier rounds.
     #[error("cannot keep records in {} (--state names another directory)", path.display())]

@@ -150,11 +150,12 @@ impl Policy {
 
 /// Scopes from the most to the least specific.
 fn registry_scopes(reference: &Reference) -> Vec<String> {
-    let repository = format!("{}/{}", reference.registry, reference.repository);
+    let repository = format!("{}/{}", host(reference), reference.repository);
     let mut scopes = Vec::new();
-    match (&reference.digest, &reference.tag) {
-        (Some(digest), _) => scopes.push(format!("{repository}@{digest}")),
-        (None, tag) => scopes.push(format!("{repository}:{}", tag.as_deref().unwrap_or("latest"))),
+    scopes.extend(reference.digest.as_ref().map(|digest| format!("{repository}@{digest}")));
+    // With a digest the tag says nothing, but a scope that names it was written for this image.
+    if reference.tag.is_some() || reference.digest.is_none() {
+        scopes.push(format!("{repository}:{}", reference.tag.as_deref().unwrap_or("latest")));
     }
     let mut rest = repository.as_str();
     scopes.push(rest.to_owned());
@@ -171,8 +172,15 @@ fn registry_scopes(reference: &Reference) -> Vec<String> {
     scopes
 }
 
+/// A registry's name as policies write it: host names know no case, and 443 is where it is.
+fn host(reference: &Reference) -> String {
+    let host = reference.registry.to_ascii_lowercase();
+    host.strip_suffix(":443").map_or_else(|| host.clone(), str::to_owned)
+}
+
 fn path_scopes(path: &Path) -> Vec<String> {
-    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    // Where it really is: a link, or `..`, must not carry it into another scope. What is not there fails later.
+    let path = std::fs::canonicalize(path).unwrap_or_else(|_| PathBuf::from("/"));
     path.ancestors().map(|path| path.display().to_string()).collect()
 }
 
@@ -241,9 +249,11 @@ impl SignedIdentity {
             .parse::<Reference>()
             .map_err(|_| format!("the signature is for {:?}, which is no name", statement.identity))?;
         let same_repository =
-            |other: &Reference| signed.registry == other.registry && signed.repository == other.repository;
-        // A name without a tag does not mean `latest` here.
-        let exact = |other: &Reference| same_repository(other) && signed.tag == other.tag;
+            |other: &Reference| host(&signed) == host(other) && signed.repository == other.repository;
+        // A signature for a name without a tag is one for the repository, and not for `latest`.
+        let exact = |other: &Reference| {
+            same_repository(other) && signed.tag.as_deref() == Some(other.tag.as_deref().unwrap_or("latest"))
+        };
         let is_accepted = match self {
             Self::RepositoryDigestOrExact if image.digest.is_some() => same_repository(image),
             Self::RepositoryDigestOrExact | Self::Exact => exact(image),
@@ -361,7 +371,11 @@ fn identity(raw: RawIdentity) -> Result<SignedIdentity, String> {
         "matchExact" => Ok(SignedIdentity::Exact),
         "matchRepository" => Ok(SignedIdentity::Repository),
         "exactReference" => {
-            Ok(SignedIdentity::ExactReference(name(raw.docker_reference, "dockerReference")?))
+            let wanted = name(raw.docker_reference, "dockerReference")?;
+            if wanted.tag.is_none() {
+                return Err("signedIdentity: dockerReference lacks a tag; see exactRepository".to_owned());
+            }
+            Ok(SignedIdentity::ExactReference(wanted))
         }
         "exactRepository" => {
             Ok(SignedIdentity::ExactRepository(name(raw.docker_repository, "dockerRepository")?))
@@ -397,6 +411,7 @@ mod tests {
             scopes.join(",")
         );
         let policy = Policy::parse(&text).unwrap();
+        let by_digest = format!("r.org/a/b:1@{}", Digest::sha256_of(b"x"));
         for (image, scope) in [
             ("r.org/a/b:1", "r.org/a/b:1"),
             ("http://r.org/a/b:1", "r.org/a/b:1"),
@@ -408,6 +423,8 @@ mod tests {
             ("localhost:5000/c:1", "localhost:5000"),
             ("localhost:5001/c:1", "default"),
             ("redis", "default"),
+            ("R.org:443/a/b:1", "r.org/a/b:1"),
+            (&by_digest, "r.org/a/b:1"),
             ("oci:/srv/x", "default"),
         ] {
             assert_eq!(scope_of(&policy, image), scope, "{image}");
@@ -442,6 +459,8 @@ mod tests {
         let default = SignedIdentity::RepositoryDigestOrExact;
         assert!(accepts(&default, "r.org/a:1", &image("r.org/a:1")));
         assert!(!accepts(&default, "r.org/a", &image("r.org/a:1")));
+        assert!(!accepts(&default, "r.org/a", &image("r.org/a")), "no tag is not any tag");
+        assert!(accepts(&default, "r.org/a:latest", &image("r.org/a")));
         assert!(!accepts(&default, "r.org/a:2", &image("r.org/a:1")));
         assert!(accepts(&default, "r.org/a", &by_digest));
         assert!(!accepts(&default, "r.org/b", &by_digest));

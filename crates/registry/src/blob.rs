@@ -92,6 +92,8 @@ pub(crate) struct Blob {
     pub(crate) url: reqwest::Url,
     pub(crate) descriptor: Descriptor,
     pub(crate) object: String,
+    /// See [`Call::is_anonymous`].
+    pub(crate) is_anonymous: bool,
 }
 
 /// Starts a download. Errors of the first request are returned at once.
@@ -207,6 +209,7 @@ impl Download {
             url: self.blob.url.clone(),
             reference: &self.blob.reference,
             access: Access::Pull,
+            is_anonymous: self.blob.is_anonymous,
             headers,
             body: Body::Empty,
             object: &self.blob.object,

@@ -24,6 +24,8 @@ use crate::transport::{Body, Call, Transport, network, refusal};
 
 /// Pages of a list of tags. Registries send a hundred to a thousand in each.
 const MAX_TAG_PAGES: usize = 1000;
+/// Most tags of a repository.
+const MAX_TAGS: usize = 1_000_000;
 /// Threads that move bytes and hash them; the readers' own threads come on top.
 const WORKER_THREADS: usize = 2;
 
@@ -230,7 +232,13 @@ impl Client {
     /// # Errors
     /// Network, not found, denied.
     pub fn stated_digest(&self, reference: &Reference) -> Result<Option<Digest>, RegistryError> {
-        self.mirrored(reference, |reference, endpoint| self.stated_digest_at(reference, endpoint))
+        match self.mirrored(reference, |reference, endpoint| self.stated_digest_at(reference, endpoint))? {
+            // A mirror that does not say is no word of the registry.
+            None if self.mirrors.iter().any(|mirror| mirror.registry == reference.registry) => {
+                self.stated_digest_at(reference, &self.endpoint(reference)?)
+            }
+            stated => Ok(stated),
+        }
     }
 
     fn stated_digest_at(
@@ -272,7 +280,11 @@ impl Client {
                 RegistryError::Configuration { object: object.clone(), reason: error.to_string() }
             })?;
             tags.extend(page.tags.unwrap_or_default());
-            next = following_page(&headers, &url);
+            if tags.len() > MAX_TAGS {
+                let reason = format!("are more than {MAX_TAGS}");
+                return Err(RegistryError::Configuration { object, reason });
+            }
+            next = following_page(&headers, &url).filter(|next| *next != url);
             if next.as_ref().is_some_and(|next| !crate::http::same_origin(next, &first)) {
                 let reason = "leads to another server for the rest of the tags".to_owned();
                 return Err(RegistryError::Misdirected { object, host, reason });
@@ -317,7 +329,7 @@ impl Client {
         let object = format!("destination {reference}");
         self.runtime.block_on(async {
             let session = self.open_upload(reference, &object).await?;
-            let cancel = self.call(Method::DELETE, session, reference, Access::PullPush, &object);
+            let cancel = Call { method: Method::DELETE, ..session };
             // A registry that cannot do that forgets the upload after a while.
             if let Err(error) = self.transport.send(&cancel).await {
                 tracing::debug!(%error, "an upload could not be given up");
@@ -397,10 +409,14 @@ impl Client {
         for text in &blob.urls {
             let url = reqwest::Url::parse(text).ok().filter(|u| matches!(u.scheme(), "http" | "https"));
             let Some(url) = url.filter(|url| url.host_str().is_some()) else { continue };
-            // Another registry in the reference's place keeps our credentials away from it.
-            let elsewhere = Reference { registry: authority(&url), ..reference.clone() };
-            let part =
-                blob::Blob { reference: elsewhere, url, descriptor: blob.clone(), object: object.clone() };
+            // The image's author wrote the URL: nothing of the user goes there.
+            let part = blob::Blob {
+                reference: reference.clone(),
+                url,
+                descriptor: blob.clone(),
+                object: object.clone(),
+                is_anonymous: true,
+            };
             match blob::start(&self.runtime, &self.transport, part) {
                 Ok(reader) => return Ok(reader),
                 Err(error) => last = error,
@@ -419,7 +435,8 @@ impl Client {
         self.mirrored(reference, |reference, endpoint| {
             let url = endpoint.url(reference, &format!("blobs/{}", blob.digest));
             let (descriptor, object) = (blob.clone(), object.clone());
-            let part = blob::Blob { reference: reference.clone(), url, descriptor, object };
+            let part =
+                blob::Blob { reference: reference.clone(), url, descriptor, object, is_anonymous: false };
             blob::start(&self.runtime, &self.transport, part)
         })
     }
@@ -488,9 +505,8 @@ impl Client {
         body: Body,
         object: &str,
     ) -> Result<(), RegistryError> {
-        let mut target = self.open_upload(reference, object).await?;
-        target.query_pairs_mut().append_pair("digest", &digest.to_string());
-        let mut call = self.call(Method::PUT, target, reference, Access::PullPush, object);
+        let mut call = self.open_upload(reference, object).await?;
+        call.url.query_pairs_mut().append_pair("digest", &digest.to_string());
         call.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
         call.deadline += Deadlines::sending(body.length());
         call.body = body;
@@ -498,8 +514,13 @@ impl Client {
         if response.status().is_success() { Ok(()) } else { Err(refusal(object, response).await) }
     }
 
-    /// Opens an upload; returns where its bytes go.
-    async fn open_upload(&self, reference: &Reference, object: &str) -> Result<reqwest::Url, RegistryError> {
+    /// Opens an upload; returns the call for its bytes. Credentials do not follow to
+    /// another server, and nothing leaves TLS.
+    async fn open_upload<'a>(
+        &self,
+        reference: &'a Reference,
+        object: &'a str,
+    ) -> Result<Call<'a>, RegistryError> {
         let url = self.url(reference, "blobs/uploads/")?;
         let open = self.call(Method::POST, url.clone(), reference, Access::PullPush, object);
         let response = self.transport.send(&open).await?;
@@ -508,11 +529,23 @@ impl Client {
         }
         let location =
             response.headers().get(reqwest::header::LOCATION).and_then(|value| value.to_str().ok());
-        location.and_then(|text| url.join(text).ok()).ok_or_else(|| RegistryError::Misdirected {
+        let misdirected = |reason: &str| RegistryError::Misdirected {
             object: object.to_owned(),
             host: authority(&url),
-            reason: "opens an upload without saying where".to_owned(),
-        })
+            reason: reason.to_owned(),
+        };
+        let target = location.and_then(|text| url.join(text).ok());
+        let mut target = target.ok_or_else(|| misdirected("opens an upload without saying where"))?;
+        if url.scheme() == "https" && target.scheme() == "http" {
+            // A registry behind a proxy that ends TLS often does not know that it does.
+            let is_here = target.host_str() == url.host_str() && target.port().is_none();
+            if !is_here || target.set_scheme("https").is_err() || target.set_port(url.port()).is_err() {
+                return Err(misdirected("leads an upload from https to plain http"));
+            }
+        }
+        let mut call = self.call(Method::PUT, target, reference, Access::PullPush, object);
+        call.is_anonymous = !crate::http::same_origin(&call.url, &url);
+        Ok(call)
     }
 
     fn call<'a>(
@@ -529,6 +562,7 @@ impl Client {
             url,
             reference,
             access,
+            is_anonymous: false,
             headers: HeaderMap::new(),
             body: Body::Empty,
             object,

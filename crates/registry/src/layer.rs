@@ -52,6 +52,7 @@ pub enum LayerError {
 pub struct LayerStream<R: Read> {
     unpacked: Unpacked<R>,
     digester: Option<Digester>,
+    is_verified: bool,
     expected: Digest,
 }
 
@@ -80,7 +81,12 @@ impl<R: Read> LayerStream<R> {
     /// The blob's own, or [`LayerError::UnsupportedCompression`] inside an [`io::Error`].
     pub fn new(blob: R, diff_id: &Digest, limit: u64) -> io::Result<Self> {
         let unpacked = Unpacked::new(blob, limit)?;
-        Ok(Self { unpacked, digester: Some(Digester::like(diff_id)), expected: diff_id.clone() })
+        Ok(Self {
+            unpacked,
+            digester: Some(Digester::like(diff_id)),
+            is_verified: false,
+            expected: diff_id.clone(),
+        })
     }
 
     /// Uncompressed bytes so far.
@@ -108,9 +114,15 @@ impl<R: Read> LayerStream<R> {
     }
 
     fn verify(&mut self) -> io::Result<()> {
-        let Some(digester) = self.digester.take() else { return Ok(()) };
+        let digester = match self.digester.take() {
+            Some(digester) => digester,
+            None if self.is_verified => return Ok(()),
+            // Whoever asks again after an error gets no clean end.
+            None => return Err(io::Error::other("the layer was found to be wrong before")),
+        };
         let found = digester.finish();
         if found == self.expected {
+            self.is_verified = true;
             return Ok(());
         }
         let expected = self.expected.clone();

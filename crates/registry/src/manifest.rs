@@ -10,7 +10,7 @@ use crate::platform::Platform;
 /// Largest accepted manifest or index in bytes, the limit of docker-registry.
 pub const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 /// Most layers of an image: engines stop at 127, flattening tools a little later.
-const MAX_LAYERS: usize = 1000;
+pub(crate) const MAX_LAYERS: usize = 1000;
 /// Largest accepted layer blob: 1 TiB, beyond any image and small enough for arithmetic.
 const MAX_BLOB_BYTES: u64 = 1 << 40;
 

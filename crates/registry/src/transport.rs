@@ -52,6 +52,8 @@ pub(crate) struct Call<'a> {
     pub(crate) url: Url,
     pub(crate) reference: &'a Reference,
     pub(crate) access: Access,
+    /// Whether the user's credentials may be used at all: not for URLs that an image names.
+    pub(crate) is_anonymous: bool,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Body,
     /// What is asked for, for messages.
@@ -167,7 +169,8 @@ impl Transport {
         let mut challenges = 0;
         loop {
             let response = self.send_following(call).await?;
-            if response.status() != StatusCode::UNAUTHORIZED || !same_origin(response.url(), &call.url) {
+            let is_ours = !call.is_anonymous && same_origin(response.url(), &call.url);
+            if response.status() != StatusCode::UNAUTHORIZED || !is_ours {
                 return Ok(response);
             }
             if challenges == MAX_CHALLENGES {
@@ -218,7 +221,8 @@ impl Transport {
     async fn send_once(&self, call: &Call<'_>, url: &Url) -> Result<Response, RegistryError> {
         let mut request =
             self.shared.http.to(url)?.request(call.method.clone(), url.clone()).headers(call.headers.clone());
-        if same_origin(url, &call.url)
+        if !call.is_anonymous
+            && same_origin(url, &call.url)
             && let Some(header) = self.shared.authenticator.header(call.reference, call.access)
         {
             request = request.header(AUTHORIZATION, header);

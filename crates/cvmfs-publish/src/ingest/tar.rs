@@ -57,7 +57,10 @@ fn add<R: Read>(
                 Err(PublishError::Entry { .. }) => target.clone(),
                 target => target?,
             };
-            return tree.add_hard_link(&path, &target, meta.mtime, Some(meta));
+            let time = meta.mtime;
+            // In a layer the entry describes the file, as with engines; tar and the C++ tools pass it over.
+            let meta = (sink.options.whiteouts == Whiteouts::Overlay).then_some(meta);
+            return tree.add_hard_link(&path, &target, time, meta);
         }
         EntryKind::File { size } => {
             let size = *size;

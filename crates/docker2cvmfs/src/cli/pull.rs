@@ -49,7 +49,16 @@ fn into_directory(
     let policy = pull.layout.policy.as_deref().map(Policy::read).transpose()?;
     let (source, image) = inspect::fetch(arguments, &pull.image)?;
     if let Some(policy) = policy {
-        policy.check(&resolve(&source, &publish::choice(&pull.image.platform))?)?;
+        let resolved = resolve(&source, &publish::choice(&pull.image.platform))?;
+        policy.check(&resolved)?;
+        // The name was asked for twice, and may have moved.
+        if resolved.images.iter().all(|checked| checked.image.digest != image.digest) {
+            return Err(ConvertError::Refused {
+                image: source.name().to_string(),
+                scope: "all".to_owned(),
+                reason: "it changed while it was looked at; try again".to_owned(),
+            });
+        }
     }
     let progress = if arguments.json { Progress::silent() } else { Progress::on_stderr() };
     fs::create_dir_all(directory)

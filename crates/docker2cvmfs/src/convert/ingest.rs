@@ -1,6 +1,6 @@
 //! Spooled layers into one revision of the repository.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::{self, Read};
 
 use cvmfs_publish::{IngestOptions, PublishError, Publisher, Transaction};
@@ -48,14 +48,22 @@ pub(crate) struct Ingest<'a> {
     progress: &'a Progress,
     /// The revision before.
     revision: u64,
-    /// Layers of this transaction.
-    new: usize,
+    /// Directories that this transaction added, without those that it removed again.
+    added: HashSet<String>,
+    /// Whether it changed anything else.
+    is_changed: bool,
 }
 
 impl<'a> Ingest<'a> {
     pub(crate) fn begin(publisher: &'a mut Publisher, progress: &'a Progress) -> Result<Self, ConvertError> {
         let revision = publisher.head().manifest.revision;
-        Ok(Self { transaction: publisher.begin()?, progress, revision, new: 0 })
+        Ok(Self {
+            transaction: publisher.begin()?,
+            progress,
+            revision,
+            added: HashSet::new(),
+            is_changed: false,
+        })
     }
 
     /// Ingests a layer unless it is there: another conversion may have published it since
@@ -72,7 +80,7 @@ impl<'a> Ingest<'a> {
         let options = IngestOptions::of_layer();
         let ingested = self.transaction.ingest_tar(path.as_bytes(), &mut stream, &options);
         let report = ingested.map_err(|cause| failed(&digest, cause))?;
-        self.new += 1;
+        self.added.insert(path);
         // What the archive's reader left, so that the diff id is checked in any case.
         let rest = io::copy(&mut stream, &mut io::sink());
         rest.map_err(|cause| failed(&digest, PublishError::Input(cause)))?;
@@ -90,7 +98,8 @@ impl<'a> Ingest<'a> {
         let is_there = self.transaction.exists(path.as_bytes())?;
         if is_there {
             self.transaction.delete(path.as_bytes())?;
-            self.new += 1;
+            // What it brought itself leaves no change behind.
+            self.is_changed |= !self.added.remove(path);
         }
         Ok(is_there)
     }
@@ -105,7 +114,7 @@ impl<'a> Ingest<'a> {
         if !members.is_empty() {
             let tar = members.to_tar()?;
             self.transaction.ingest_tar(base.as_bytes(), tar.as_slice(), &IngestOptions::default())?;
-            self.new += 1;
+            self.is_changed = true;
         }
         Ok(())
     }
@@ -114,14 +123,24 @@ impl<'a> Ingest<'a> {
     pub(super) fn stack(&mut self, base: &str, layers: &[String]) -> Result<(), ConvertError> {
         let layers: Vec<&[u8]> = layers.iter().map(String::as_bytes).collect();
         self.transaction.stack_layers(base.as_bytes(), &layers)?;
-        self.new += 1;
+        self.is_changed = true;
         Ok(())
+    }
+
+    /// Whether it can be committed; see [`Transaction::is_sound`].
+    pub(crate) fn is_sound(&self) -> bool {
+        self.transaction.is_sound()
+    }
+
+    /// Ends it without publishing.
+    pub(crate) fn unchanged(self) -> Stored {
+        Stored { revision: self.revision, bytes_stored: 0 }
     }
 
     /// Publishes, unless nothing changed.
     pub(crate) fn commit(self) -> Result<Stored, ConvertError> {
-        if self.new == 0 {
-            return Ok(Stored { revision: self.revision, bytes_stored: 0 });
+        if self.added.is_empty() && !self.is_changed {
+            return Ok(self.unchanged());
         }
         let report = self.transaction.commit(None)?;
         self.progress.step(&format!("revision {} published", report.revision));

@@ -17,6 +17,15 @@ pub enum Layout {
     Unpacked,
 }
 
+impl std::fmt::Display for Layout {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Layers { subdirectory } => write!(f, "layers in {subdirectory}"),
+            Self::Unpacked => f.write_str("unpacked"),
+        }
+    }
+}
+
 impl Layout {
     /// The form of the original; slashes at the ends of `subdirectory` do not matter:
     /// its default was `layers/`.

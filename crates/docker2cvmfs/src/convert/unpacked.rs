@@ -174,7 +174,12 @@ fn write_flat(
     if ingest.exists(&format!("/{flat}/{}", apptainer::DIRECTORY))? {
         return Ok(());
     }
-    ingest.members(&flat, &apptainer::members(&image.image.config.document))
+    let added = ingest.members(&flat, &apptainer::members(&image.image.config.document));
+    if added.is_err() && ingest.is_sound() {
+        // Half a tree would be taken for a whole one the next time.
+        ingest.remove(&format!("/{flat}"))?;
+    }
+    added
 }
 
 fn add_catalog(directory: &str, ingest: &mut Ingest<'_>, members: &mut Members) -> Result<(), ConvertError> {

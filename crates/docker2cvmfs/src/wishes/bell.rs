@@ -79,20 +79,20 @@ impl Bell {
         state.round = Some((interrupt.clone(), cancellers.to_vec()));
     }
 
-    /// Waits for something to do.
-    pub(super) fn wait(&self, interval: Duration) -> Ring {
-        let end = Instant::now().checked_add(interval);
+    /// Waits for something to do; at `end` everything is to be looked at, whatever else was told.
+    pub(super) fn wait(&self, end: Instant) -> Ring {
         let mut state = self.lock();
         loop {
+            let rest = end.saturating_duration_since(Instant::now());
             if state.is_stopped {
                 return Ring::Stop;
             }
+            if rest.is_zero() {
+                state.notices.clear();
+                return Ring::Time;
+            }
             if !state.notices.is_empty() {
                 break;
-            }
-            let rest = end.map_or(interval, |end| end.saturating_duration_since(Instant::now()));
-            if rest.is_zero() {
-                return Ring::Time;
             }
             (state, _) = self.0.changed.wait_timeout(state, rest).unwrap_or_else(PoisonError::into_inner);
         }

@@ -11,6 +11,13 @@ use crate::spool::{SpooledLayer, Wanted};
 /// A fetched layer that several images may hold.
 pub(super) type SharedLayer = Arc<Mutex<SpooledLayer>>;
 
+/// A layer's place, and the diff id that an image says it has: one that lies must not spoil it for others.
+type Key = (String, String);
+
+fn key(layer: &Wanted) -> Key {
+    (layer.path.clone(), layer.diff_id.to_string())
+}
+
 #[derive(Debug)]
 enum Claim {
     /// Somebody fetches it.
@@ -28,7 +35,7 @@ pub(super) struct Claims {
 
 #[derive(Debug, Default)]
 struct State {
-    claims: HashMap<String, Claim>,
+    claims: HashMap<Key, Claim>,
     published: HashSet<String>,
     /// Bytes of layers that are being fetched or wait to be published.
     spooled: u64,
@@ -49,9 +56,9 @@ impl Claims {
     pub(super) fn claim(&self, wanted: Vec<Wanted>) -> (Vec<Wanted>, Vec<Wanted>) {
         let mut state = self.lock();
         wanted.into_iter().partition(|layer| {
-            let is_free = state.is_free(&layer.path);
+            let is_free = state.is_free(layer);
             if is_free {
-                state.claims.insert(layer.path.clone(), Claim::Fetching);
+                state.claims.insert(key(layer), Claim::Fetching);
             }
             is_free
         })
@@ -64,19 +71,19 @@ impl Claims {
             if state.published.contains(&layer.path) {
                 return Turn::Published;
             }
-            match state.claims.get(&layer.path) {
+            match state.claims.get(&key(layer)) {
                 Some(Claim::Fetching) => {
                     state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 }
                 Some(Claim::Fetched(held)) => match held.upgrade() {
                     Some(layer) => return Turn::Here(layer),
                     None => {
-                        state.claims.insert(layer.path.clone(), Claim::Fetching);
+                        state.claims.insert(key(layer), Claim::Fetching);
                         return Turn::Yours;
                     }
                 },
                 None => {
-                    state.claims.insert(layer.path.clone(), Claim::Fetching);
+                    state.claims.insert(key(layer), Claim::Fetching);
                     return Turn::Yours;
                 }
             }
@@ -85,9 +92,9 @@ impl Claims {
 
     /// A claimed layer is here.
     pub(super) fn fetched(&self, layer: SpooledLayer) -> SharedLayer {
-        let path = layer.wanted.path.clone();
+        let key = key(&layer.wanted);
         let shared = Arc::new(Mutex::new(layer));
-        self.lock().claims.insert(path, Claim::Fetched(Arc::downgrade(&shared)));
+        self.lock().claims.insert(key, Claim::Fetched(Arc::downgrade(&shared)));
         self.changed.notify_all();
         shared
     }
@@ -96,8 +103,8 @@ impl Claims {
     pub(super) fn failed<'a>(&self, layers: impl IntoIterator<Item = &'a Wanted>) {
         let mut state = self.lock();
         for layer in layers {
-            if matches!(state.claims.get(&layer.path), Some(Claim::Fetching)) {
-                state.claims.remove(&layer.path);
+            if matches!(state.claims.get(&key(layer)), Some(Claim::Fetching)) {
+                state.claims.remove(&key(layer));
             }
         }
         drop(state);
@@ -108,7 +115,7 @@ impl Claims {
     pub(super) fn published<'a>(&self, paths: impl IntoIterator<Item = &'a str>) {
         let mut state = self.lock();
         for path in paths {
-            state.claims.remove(path);
+            state.claims.retain(|(claimed, _), _| claimed != path);
             state.published.insert(path.to_owned());
         }
         drop(state);
@@ -132,9 +139,9 @@ impl Claims {
 }
 
 impl State {
-    fn is_free(&self, path: &str) -> bool {
-        !self.published.contains(path)
-            && match self.claims.get(path) {
+    fn is_free(&self, layer: &Wanted) -> bool {
+        !self.published.contains(&layer.path)
+            && match self.claims.get(&key(layer)) {
                 None => true,
                 Some(Claim::Fetching) => false,
                 Some(Claim::Fetched(held)) => held.strong_count() == 0,

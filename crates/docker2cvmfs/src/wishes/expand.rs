@@ -1,6 +1,6 @@
 //! From wishes to images: wildcards are held against the registry's tags.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use registry::{Client, Reference};
 
@@ -48,6 +48,7 @@ pub(super) fn expand<'a>(
     let found = in_parallel(&wishes, workers, |wish| images_of(wish, client));
     let mut expanded = Expanded::default();
     let mut seen = HashSet::new();
+    let mut outputs: HashMap<String, String> = HashMap::new();
     for (wish, images) in wishes.into_iter().zip(found) {
         let images = match images {
             Ok(images) if seen.len() + images.len() > MAX_IMAGES => {
@@ -66,7 +67,18 @@ pub(super) fn expand<'a>(
                 continue;
             }
             match with_thin_images.then(|| recipe.output.expand(&reference)).transpose() {
-                Ok(output) => expanded.images.push(WishedImage { reference, output }),
+                Ok(output) => {
+                    let name = output.as_ref().map(ToString::to_string);
+                    let taken = name.as_ref().and_then(|name| outputs.get(name));
+                    if let (Some(name), Some(other)) = (&name, taken) {
+                        let reason =
+                            format!("{reference} and {other} would both become {name}: change output_format");
+                        expanded.unresolved.push(Unresolved { wish, error: ConvertError::Usage(reason) });
+                        continue;
+                    }
+                    outputs.extend(name.map(|name| (name, reference.to_string())));
+                    expanded.images.push(WishedImage { reference, output });
+                }
                 Err(reason) => {
                     let error = ConvertError::Usage(format!("output_format for {reference}: {reason}"));
                     expanded.unresolved.push(Unresolved { wish, error });

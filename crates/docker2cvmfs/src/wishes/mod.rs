@@ -35,7 +35,7 @@ mod work;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cvmfs_publish::Interrupt;
 use registry::{Client, ClientSettings, Credential, Credentials, Mirror, Secret};
@@ -110,7 +110,7 @@ pub fn run(request: &LoopRequest, bell: &Bell, progress: &Progress) -> Result<Ro
     let recipe = Recipe::read(&request.recipe)?;
     let directory =
         request.state.clone().unwrap_or_else(|| PathBuf::from("/var/lib/docker2cvmfs").join(&recipe.fqrn));
-    let records = Records::open(&directory)?;
+    let records = Records::open(&directory, &recipe.fqrn)?;
     let history: History = records.rounds().unwrap_or_default();
     let status = Arc::new(Status::new(&recipe.fqrn, &request.recipe, history));
     let _server = request
@@ -119,31 +119,48 @@ pub fn run(request: &LoopRequest, bell: &Bell, progress: &Progress) -> Result<Ro
         .transpose()?;
     status.images(records.images()?);
     let mut notices: Option<Vec<Notice>> = None;
+    let mut next = Instant::now();
     loop {
         status.begins();
         let round = one_round(request, &records, bell, progress, notices.as_deref());
-        let round = keep(request, &records, &status, round)?;
+        keep(request, &records, &status, &round);
         let Some(interval) = request.interval else { return round };
         if let Err(error) = &round {
             tracing::error!(error = error.full_message(), "the round did not end; the next one tries again");
         }
-        status.waits_for(interval);
-        match bell.wait(interval) {
-            Ring::Stop => return round,
-            Ring::Time => notices = None,
-            Ring::Notices(new) => notices = Some(new),
+        if notices.is_none() {
+            next = Instant::now() + interval;
         }
+        status.waits_for(next.saturating_duration_since(Instant::now()));
+        notices = loop {
+            match bell.wait(next) {
+                Ring::Stop => return round,
+                Ring::Time => break None,
+                Ring::Notices(new) if concerns(request, &new) => break Some(new),
+                Ring::Notices(_) => {}
+            }
+        };
     }
 }
 
-/// Writes down what a round did.
+/// Whether something was pushed that the list wishes for.
+fn concerns(request: &LoopRequest, notices: &[Notice]) -> bool {
+    // A list that cannot be read is the round's to report.
+    let Ok(recipe) = Recipe::read(&request.recipe) else { return true };
+    let is_wished = |notice: &Notice| {
+        recipe.wishes.iter().any(|wish| wish.concerns(&notice.repository, notice.tag.as_deref()))
+    };
+    notices.iter().any(is_wished)
+}
+
+/// Writes down what a round did. A history that cannot be written is no reason to end.
 fn keep(
     request: &LoopRequest,
     records: &Records,
     status: &Status,
-    round: Result<RoundReport, ConvertError>,
-) -> Result<Result<RoundReport, ConvertError>, ConvertError> {
-    let report = match &round {
+    round: &Result<RoundReport, ConvertError>,
+) {
+    let report = match round {
         Ok(report) => report.clone(),
         Err(error) => RoundReport {
             started: rfc3339(cvmfs_publish::system_clock()),
@@ -154,10 +171,12 @@ fn keep(
     if !request.dry_run {
         tracing::info!("{}", report.summary());
         let history = status.ended(report);
-        records.keep_rounds(&history)?;
-        status.images(records.images()?);
+        let written = records.keep_rounds(&history).and_then(|()| records.images());
+        match written {
+            Ok(images) => status.images(images),
+            Err(error) => tracing::error!(error = error.full_message(), "the round cannot be written down"),
+        }
     }
-    Ok(round)
 }
 
 fn one_round(
@@ -168,6 +187,9 @@ fn one_round(
     notices: Option<&[Notice]>,
 ) -> Result<RoundReport, ConvertError> {
     let recipe = Recipe::read(&request.recipe)?;
+    if recipe.fqrn != records.fqrn() {
+        return Err(ConvertError::OtherRepository { now: recipe.fqrn, before: records.fqrn().to_owned() });
+    }
     let policy = request.policy.as_deref().map(Policy::read).transpose()?;
     for warning in &recipe.warnings {
         tracing::warn!(list = %request.recipe.display(), "{warning}");

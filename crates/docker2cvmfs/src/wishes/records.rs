@@ -5,6 +5,7 @@
 //! STATE/images/HEX.json       one converted image
 //! STATE/retired/HEX.json      an image that is no longer wished for, or replaced
 //! STATE/rounds.json           the last rounds
+//! STATE/repository.json       the repository's name
 //! ```
 //!
 //! Each file is replaced as a whole, so that a kill at any point leaves the old one or
@@ -36,6 +37,9 @@ pub(super) struct ImageRecord {
     pub(super) top_digest: String,
     /// The platforms that were converted.
     pub(super) platform: String,
+    /// The layout that it was converted to.
+    #[serde(default)]
+    pub(super) layout: String,
     /// Its layers in the repository.
     pub(super) layers: Vec<LayerRecord>,
     /// What it has in the repository beside its layers, absolute paths.
@@ -91,12 +95,13 @@ impl ImageRecord {
 #[derive(Debug)]
 pub(super) struct Records {
     directory: PathBuf,
+    fqrn: String,
     _lock: File,
 }
 
 impl Records {
-    /// Opens the directory and makes it if necessary.
-    pub(super) fn open(directory: &Path) -> Result<Self, ConvertError> {
+    /// Opens the directory of a repository's records and makes it if necessary.
+    pub(super) fn open(directory: &Path, fqrn: &str) -> Result<Self, ConvertError> {
         let failed = |cause| failed(directory, cause);
         for below in ["images", "retired"] {
             fs::create_dir_all(directory.join(below)).map_err(failed)?;
@@ -110,8 +115,16 @@ impl Records {
             }
             Err(fs::TryLockError::Error(cause)) => return Err(failed(cause)),
         }
-        let records = Self { directory: directory.to_owned(), _lock: lock };
+        let records = Self { directory: directory.to_owned(), fqrn: fqrn.to_owned(), _lock: lock };
         records.remove_remains();
+        let owner = directory.join("repository.json");
+        match read::<String>(&owner) {
+            Some(before) if before != fqrn => {
+                return Err(ConvertError::OtherRepository { now: fqrn.to_owned(), before });
+            }
+            Some(_) => {}
+            None => records.write(&owner, &fqrn)?,
+        }
         Ok(records)
     }
 
@@ -120,21 +133,32 @@ impl Records {
         read(&self.image_file(image)).filter(|record: &ImageRecord| record.image == image)
     }
 
-    /// All images.
+    /// All images whose records can be read.
     pub(super) fn images(&self) -> Result<Vec<ImageRecord>, ConvertError> {
-        self.all("images")
+        Ok(self.all("images")?.0)
     }
 
-    /// All retired images.
-    pub(super) fn retired(&self) -> Result<Vec<RetiredRecord>, ConvertError> {
-        self.all("retired")
+    /// All images and all retired ones. An error if one of them cannot be read: what it has
+    /// must not be taken for unneeded.
+    pub(super) fn everything(&self) -> Result<(Vec<ImageRecord>, Vec<RetiredRecord>), ConvertError> {
+        let (images, unreadable) = self.all("images")?;
+        let (retired, also) = self.all("retired")?;
+        match unreadable.or(also) {
+            None => Ok((images, retired)),
+            Some(file) => Err(ConvertError::Record { file }),
+        }
+    }
+
+    /// The repository that the records are of.
+    pub(super) fn fqrn(&self) -> &str {
+        &self.fqrn
     }
 
     /// Keeps an image. What it was before is retired first, so that its layers are not
     /// forgotten.
     pub(super) fn keep(&self, record: &ImageRecord, now: i64) -> Result<(), ConvertError> {
         if let Some(before) = self.image(&record.image)
-            && before.digest != record.digest
+            && (before.digest != record.digest || before.layout != record.layout)
         {
             self.retire(&before, now)?;
         }
@@ -143,7 +167,7 @@ impl Records {
         self.remove(&self.retired_file(record))
     }
 
-    /// Takes an image off the list. An image that was retired before keeps its date.
+    /// Takes an image off the list: its grace begins.
     pub(super) fn take_off(&self, record: &ImageRecord, now: i64) -> Result<(), ConvertError> {
         self.retire(record, now)?;
         self.remove(&self.image_file(&record.image))
@@ -166,8 +190,7 @@ impl Records {
 
     fn retire(&self, record: &ImageRecord, now: i64) -> Result<(), ConvertError> {
         let file = self.retired_file(record);
-        let since = read::<RetiredRecord>(&file).map_or(now, |before| before.since.min(now));
-        self.write(&file, &RetiredRecord { record: record.clone(), since })
+        self.write(&file, &RetiredRecord { record: record.clone(), since: now })
     }
 
     fn image_file(&self, image: &str) -> PathBuf {
@@ -175,17 +198,27 @@ impl Records {
     }
 
     fn retired_file(&self, record: &ImageRecord) -> PathBuf {
-        self.directory.join("retired").join(file_name(&[&record.image, &record.digest]))
+        self.directory.join("retired").join(file_name(&[&record.image, &record.digest, &record.layout]))
     }
 
-    fn all<T: DeserializeOwned>(&self, below: &str) -> Result<Vec<T>, ConvertError> {
+    /// What can be read, and a file that cannot.
+    fn all<T: DeserializeOwned>(&self, below: &str) -> Result<(Vec<T>, Option<PathBuf>), ConvertError> {
         let directory = self.directory.join(below);
         let mut files = Vec::new();
         for entry in fs::read_dir(&directory).map_err(|cause| failed(&directory, cause))? {
             files.push(entry.map_err(|cause| failed(&directory, cause))?.path());
         }
         files.sort();
-        Ok(files.iter().filter_map(|file| read(file)).collect())
+        let (mut records, mut unreadable) = (Vec::with_capacity(files.len()), None);
+        for file in files {
+            match read(&file) {
+                Some(record) => records.push(record),
+                // Removed this moment by hand, if it is not there.
+                None if file.exists() => unreadable = Some(file),
+                None => {}
+            }
+        }
+        Ok((records, unreadable))
     }
 
     fn write<T: Serialize>(&self, file: &Path, value: &T) -> Result<(), ConvertError> {
@@ -271,6 +304,7 @@ mod tests {
             digest: digest.to_owned(),
             top_digest: digest.to_owned(),
             platform: "linux/amd64".to_owned(),
+            layout: String::new(),
             layers: vec![LayerRecord { path: format!("/layers/{digest}"), bytes: 7 }],
             others: Vec::new(),
             output: None,
@@ -283,17 +317,17 @@ mod tests {
     #[test]
     fn an_image_that_moves_on_leaves_its_old_layers_in_the_retired_ones() {
         let directory = tempfile::tempdir().unwrap();
-        let records = Records::open(directory.path()).unwrap();
+        let records = Records::open(directory.path(), "r.example.org").unwrap();
         records.keep(&record("r.org/a:1", "one"), 10).unwrap();
         records.keep(&record("r.org/a:1", "two"), 20).unwrap();
         assert_eq!(records.image("r.org/a:1").unwrap().digest, "two");
-        let retired = records.retired().unwrap();
+        let retired = records.everything().unwrap().1;
         assert_eq!((retired[0].record.digest.as_str(), retired[0].since), ("one", 20));
         // It comes back and leaves again: a new grace begins.
         records.keep(&record("r.org/a:1", "one"), 30).unwrap();
         records.take_off(&record("r.org/a:1", "one"), 40).unwrap();
         assert!(records.image("r.org/a:1").is_none());
-        let dates: Vec<i64> = records.retired().unwrap().iter().map(|retired| retired.since).collect();
+        let dates: Vec<i64> = records.everything().unwrap().1.iter().map(|retired| retired.since).collect();
         assert_eq!(dates.len(), 2);
         assert!(dates.contains(&30) && dates.contains(&40), "{dates:?}");
     }
@@ -301,14 +335,20 @@ mod tests {
     #[test]
     fn damaged_records_and_remains_of_a_kill_are_no_obstacle() {
         let directory = tempfile::tempdir().unwrap();
-        let records = Records::open(directory.path()).unwrap();
+        let records = Records::open(directory.path(), "r.example.org").unwrap();
         records.keep(&record("r.org/a:1", "one"), 10).unwrap();
         fs::write(directory.path().join("images/x.json"), b"{\"image\":").unwrap();
         fs::write(directory.path().join("images/.new-1"), b"half").unwrap();
         assert_eq!(records.images().unwrap().len(), 1);
-        assert!(matches!(Records::open(directory.path()), Err(ConvertError::Busy { .. })));
+        assert!(
+            matches!(records.everything(), Err(ConvertError::Record { .. })),
+            "nothing is removed on its word"
+        );
+        assert!(matches!(Records::open(directory.path(), "r.example.org"), Err(ConvertError::Busy { .. })));
         drop(records);
-        Records::open(directory.path()).unwrap();
+        let other = Records::open(directory.path(), "other.example.org");
+        assert!(matches!(other, Err(ConvertError::OtherRepository { .. })));
+        Records::open(directory.path(), "r.example.org").unwrap();
         assert!(!directory.path().join("images/.new-1").exists());
     }
 }

@@ -7,7 +7,7 @@ use registry::Reference;
 
 use super::expand::Expanded;
 use super::records::RetiredRecord;
-use super::report::RoundReport;
+use super::report::{ImageState, RoundReport};
 use super::round::Round;
 use crate::convert::Ingest;
 use crate::failure::ConvertError;
@@ -22,8 +22,9 @@ pub(super) fn unwished(
     let now = cvmfs_publish::system_clock();
     let wished: HashSet<String> = expanded.images.iter().map(|image| image.reference.to_string()).collect();
     let mut kept = HashSet::new();
-    let mut retired = round.records.retired()?;
-    for record in round.records.images()? {
+    let (images, mut retired) = round.records.everything()?;
+    let known: HashSet<String> = images.iter().map(|record| record.image.clone()).collect();
+    for record in images {
         if wished.contains(&record.image) || may_be_wished(&record.image, expanded) {
             kept.extend(record.paths().map(str::to_owned));
             continue;
@@ -37,11 +38,20 @@ pub(super) fn unwished(
         }
     }
     if !round.request.dry_run {
-        retired = round.records.retired()?;
+        (_, retired) = round.records.everything()?;
     }
-    let grace = i64::try_from(round.request.grace.as_secs()).unwrap_or(i64::MAX);
+    // The layers of a wished image without a record are not known, if it failed in this round.
+    let is_unknown = |image: &super::report::ImageOutcome| {
+        image.state == ImageState::Failed && wished.contains(&image.image) && !known.contains(&image.image)
+    };
+    if report.images.iter().any(is_unknown) && retired.iter().any(|retired| is_over(retired, now, round)) {
+        tracing::warn!(
+            "nothing is removed in this round: images without a record failed, which may share layers"
+        );
+        return Ok(());
+    }
     let (over, waiting): (Vec<_>, Vec<_>) =
-        retired.into_iter().partition(|retired| now.saturating_sub(retired.since) >= grace);
+        retired.into_iter().partition(|retired| is_over(retired, now, round));
     for retired in &waiting {
         kept.extend(retired.record.paths().map(str::to_owned));
     }
@@ -70,6 +80,11 @@ pub(super) fn unwished(
         round.records.forget(retired)?;
     }
     Ok(())
+}
+
+fn is_over(retired: &RetiredRecord, now: i64, round: &Round<'_>) -> bool {
+    let grace = i64::try_from(round.request.grace.as_secs()).unwrap_or(i64::MAX);
+    now.saturating_sub(retired.since) >= grace
 }
 
 fn remove(

@@ -154,7 +154,8 @@ impl Round<'_> {
     /// Whether registries and record agree. One question for the image, one for the thin
     /// image.
     fn is_current(&self, image: &WishedImage, record: &ImageRecord) -> Result<bool, ConvertError> {
-        let as_asked = record.platform == self.request.platform.to_string();
+        let as_asked = record.platform == self.request.platform.to_string()
+            && record.layout == self.request.layout.to_string();
         let same = |digest: Option<registry::Digest>, recorded: &str| {
             digest.is_some_and(|d| d.to_string() == recorded)
         };

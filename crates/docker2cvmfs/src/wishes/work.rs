@@ -9,6 +9,8 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use cvmfs_publish::Publisher;
+
 use super::claims::{Claims, Reservation, SharedLayer, Turn};
 use super::records::{ImageRecord, LayerRecord, OutputRecord};
 use super::report::{ImageOutcome, ImageState, RoundReport};
@@ -30,6 +32,14 @@ struct Stocked {
     work: Work,
     revision: u64,
     bytes_downloaded: u64,
+}
+
+/// What became of a batch.
+enum Ingested<'a> {
+    /// These are in the repository.
+    All(Vec<Fetched<'a>>, Stored),
+    /// One spoilt the transaction; these are still to be ingested.
+    Again(Vec<Fetched<'a>>),
 }
 
 struct Workshop<'a> {
@@ -159,31 +169,19 @@ impl<'a> Workshop<'a> {
         report: &mut RoundReport,
     ) -> Result<Vec<Stocked>, ConvertError> {
         let mut stored = Stored { revision: report.revision, bytes_stored: 0 };
-        let mut good = Vec::with_capacity(batch.len());
-        if batch.iter().all(|image| image.work.plan.is_published()) {
-            good = batch;
-        } else {
+        let mut good = batch;
+        if !good.iter().all(|image| image.work.plan.is_published()) {
             let mut publisher = self.round.publisher()?;
-            let mut unpacked = None;
-            let mut ingest = Ingest::begin(&mut publisher, self.round.progress)?;
-            for image in batch {
-                let mut result = ingest_image(&mut ingest, &image.layers);
-                if result.is_ok() && image.work.plan.layout == Layout::Unpacked {
-                    if unpacked.is_none() {
-                        // What the repository has now, under the lock.
-                        unpacked = Some(Unpacked::new(self.round.published()?));
+            loop {
+                match self.ingest_all(&mut publisher, good)? {
+                    Ingested::All(images, new) => {
+                        (good, stored) = (images, new);
+                        break;
                     }
-                    if let Some(unpacked) = &mut unpacked {
-                        result = unpacked.write(&image.work.plan, &mut ingest, &sizes_of(&image.layers));
-                    }
-                }
-                match result {
-                    Ok(()) => good.push(image),
-                    Err(ConvertError::Interrupted) => return Err(ConvertError::Interrupted),
-                    Err(error) => self.failed(outcome(&image.work, ImageState::Failed), &error),
+                    // What one of them left in the transaction cannot be taken back: the others again.
+                    Ingested::Again(images) => good = images,
                 }
             }
-            stored = ingest.commit()?;
         }
         report.revision = stored.revision;
         report.bytes_stored += stored.bytes_stored;
@@ -194,6 +192,44 @@ impl<'a> Workshop<'a> {
             Stocked { work: image.work, revision: stored.revision, bytes_downloaded: image.bytes_downloaded }
         };
         Ok(good.into_iter().map(stock).collect())
+    }
+
+    /// Ingests what can be, and commits it.
+    fn ingest_all(
+        &self,
+        publisher: &mut Publisher,
+        batch: Vec<Fetched<'a>>,
+    ) -> Result<Ingested<'a>, ConvertError> {
+        let mut unpacked = None;
+        let mut ingest = Ingest::begin(publisher, self.round.progress)?;
+        let mut good = Vec::with_capacity(batch.len());
+        let mut rest = batch.into_iter();
+        while let Some(image) = rest.next() {
+            let mut result = ingest_image(&mut ingest, &image.layers);
+            if result.is_ok() && image.work.plan.layout == Layout::Unpacked {
+                if unpacked.is_none() {
+                    // What the repository has now, under the lock.
+                    unpacked = Some(Unpacked::new(self.round.published()?));
+                }
+                if let Some(unpacked) = &mut unpacked {
+                    result = unpacked.write(&image.work.plan, &mut ingest, &sizes_of(&image.layers));
+                }
+            }
+            match result {
+                Ok(()) => good.push(image),
+                Err(error) if error.is_interruption() => return Err(ConvertError::Interrupted),
+                Err(error) => {
+                    self.failed(outcome(&image.work, ImageState::Failed), &error);
+                    if !ingest.is_sound() {
+                        good.extend(rest);
+                        return Ok(Ingested::Again(good));
+                    }
+                }
+            }
+        }
+        // Nobody gains a revision without an image.
+        let stored = if good.is_empty() { ingest.unchanged() } else { ingest.commit()? };
+        Ok(Ingested::All(good, stored))
     }
 
     fn finish_all(&self, stocked: &Mutex<Receiver<Stocked>>) {
@@ -234,6 +270,7 @@ impl<'a> Workshop<'a> {
             digest: plan.resolved.digest.to_string(),
             top_digest: plan.resolved.top_digest.to_string(),
             platform: self.round.request.platform.to_string(),
+            layout: self.round.request.layout.to_string(),
             layers: plan.distinct_layers().iter().map(layer).collect(),
             others: plan.other_paths(),
             output,
@@ -269,6 +306,8 @@ fn ingest_image(ingest: &mut Ingest<'_>, layers: &[SharedLayer]) -> Result<(), C
         match ingest.layer(&mut layer) {
             Ok(true) => brought.push(layer.wanted.path.clone()),
             Ok(false) => {}
+            // Then all of the transaction goes.
+            Err(error) if !ingest.is_sound() => return Err(error),
             Err(error) => {
                 for path in brought.iter().chain([&layer.wanted.path]) {
                     ingest.remove(path)?;

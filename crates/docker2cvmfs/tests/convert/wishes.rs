@@ -215,6 +215,65 @@ fn a_thin_image_that_was_deleted_is_made_again() {
 }
 
 #[test]
+fn two_images_cannot_have_one_thin_image() {
+    let place = Workplace::new();
+    for name in ["a", "b"] {
+        place.registry.push(name, "1", &app(name)).unwrap();
+    }
+    place.wish(&["a:1", "b:1"]);
+    let list = std::fs::read_to_string(place.path("wishes.yaml")).unwrap();
+    std::fs::write(place.path("wishes.yaml"), list.replace("$(image)", "same:$(tag)")).unwrap();
+    let report = place.report(&[]);
+    assert_eq!(counts(&report), [1, 0, 1, 1], "{report}");
+    let error = report["images"][0]["error"].as_str().unwrap();
+    assert!(error.contains("/a:1") && error.contains("/b:1"), "{error}");
+}
+
+#[test]
+fn another_layout_converts_anew_and_another_repository_is_refused() {
+    let place = Workplace::new();
+    place.registry.push("a", "1", &app("a")).unwrap();
+    place.wish(&["a:1"]);
+    place.round(&[]).json();
+    let moved = place.round(&["--subdirectory", "elsewhere"]).json();
+    assert_eq!(counts(&moved), [1, 0, 1, 0], "{moved}");
+    let elsewhere = format!("/elsewhere/{}", app("a").layers[1].digest().replace("sha256:", ""));
+    assert!(place.published_paths().contains(&elsewhere));
+    // What the old layout had goes like everything that is replaced.
+    let removed = place.round(&["--subdirectory", "elsewhere", "--grace", "0s"]).json();
+    assert_eq!(removed["layers_removed"], 2, "{removed}");
+    assert!(!place.has_layer(&app("a"), 1) && place.published_paths().contains(&elsewhere));
+    let list = std::fs::read_to_string(place.path("wishes.yaml")).unwrap();
+    std::fs::write(place.path("wishes.yaml"), list.replace(FQRN, "other.example.org")).unwrap();
+    let ran = place.round(&[]);
+    assert!(ran.code != 0 && ran.stderr.contains("--state"), "{}", ran.stderr);
+}
+
+#[test]
+fn an_image_that_lies_about_a_shared_layer_spoils_only_itself() {
+    let place = Workplace::new();
+    let mut liar = app("liar");
+    liar.layers[0].tar = file("base", "something else");
+    liar.layers[1].tar = file("own", "something else");
+    place.registry.push("a-liar", "1", &liar).unwrap();
+    for name in ["b", "c"] {
+        place.registry.push(name, "1", &app(name)).unwrap();
+    }
+    place.wish(&["a-liar:1", "b:1", "c:1"]);
+    let before = place.revision();
+    let report = place.report(&[]);
+    assert_eq!(counts(&report), [3, 0, 2, 1], "{report}");
+    assert!(place.has_layer(&app("b"), 0) && place.has_layer(&app("c"), 1) && !place.has_layer(&liar, 1));
+    let after = place.revision();
+    assert!(after > before);
+    // The next round tries it again, and publishes nothing.
+    let report = place.report(&[]);
+    assert_eq!(counts(&report)[1], 2, "{report}");
+    assert_eq!(place.revision(), after);
+    place.assert_consistent();
+}
+
+#[test]
 fn two_loops_do_not_share_their_records() {
     let place = Workplace::new();
     place.registry.push("a", "1", &app("a")).unwrap();

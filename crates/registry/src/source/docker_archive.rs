@@ -64,7 +64,7 @@ struct SavedImage {
 
 impl DockerArchive {
     pub(super) fn open(path: &Path, name: Option<&str>, spool: &Path) -> Result<Self, RegistryError> {
-        let file = File::open(path).map_err(|cause| match cause.kind() {
+        let file = super::open(path).map_err(|cause| match cause.kind() {
             io::ErrorKind::NotFound => {
                 let (object, place) = ("docker-archive".to_owned(), path.display().to_string());
                 RegistryError::NotInSource { object, place }
@@ -74,7 +74,11 @@ impl DockerArchive {
         let archive = Opening { path, file: Arc::new(uncompressed(file, path, spool)?) };
         let members = archive.members()?;
         let saved = archive.saved_image(&members, name)?;
-        archive.finish(&members, &saved)
+        let mut opened = archive.finish(&members, &saved)?;
+        if let Some(name) = name {
+            opened.name = Some(name.to_owned());
+        }
+        Ok(opened)
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -200,6 +204,9 @@ impl Opening<'_> {
             let (layers, ids) = (saved.layers.len(), config.diff_ids.len());
             return Err(self
                 .invalid(format!("manifest.json lists {layers} layers, the configuration {ids} diff ids")));
+        }
+        if saved.layers.len() > crate::manifest::MAX_LAYERS {
+            return Err(self.invalid(format!("manifest.json lists {} layers", saved.layers.len())));
         }
         let id = Digest::sha256_of(&text);
         let mut blobs = BTreeMap::from([(id.clone(), span)]);

@@ -7,6 +7,8 @@
 mod docker_archive;
 mod oci_directory;
 
+use std::collections::HashSet;
+use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 use std::sync::Arc;
@@ -22,10 +24,12 @@ use crate::signature::SignedStatement;
 use docker_archive::DockerArchive;
 use oci_directory::OciDirectory;
 
+/// `open(2)` does not wait for a writer of a pipe.
+const O_NONBLOCK: i32 = 0o4000;
 /// An index may lead to another one; deeper nesting serves nobody.
 const MAX_INDEX_DEPTH: u32 = 3;
-/// Most images that are taken from one index.
-const MAX_IMAGES: usize = 64;
+/// Most documents that are read for one index, nested ones included.
+const MAX_DOCUMENTS: usize = 256;
 
 /// A place that an image is read from. Clones share what they have opened.
 #[derive(Debug, Clone)]
@@ -168,7 +172,8 @@ impl Source {
         let top = self.manifest(None)?;
         let is_index = matches!(top.manifest, Manifest::Index(_));
         let mut set = ImageSet { digest: top.digest.clone(), is_index, images: Vec::new() };
-        self.collect(top, None, 0, &mut set)?;
+        let mut seen = HashSet::from([top.digest.clone()]);
+        self.collect(top, None, 0, &mut seen, &mut set)?;
         Ok(set)
     }
 
@@ -177,15 +182,14 @@ impl Source {
         fetched: FetchedManifest,
         platform: Option<Platform>,
         depth: u32,
+        seen: &mut HashSet<Digest>,
         set: &mut ImageSet,
     ) -> Result<(), RegistryError> {
         let entries = match fetched.manifest {
             Manifest::Image(manifest) => {
-                if set.images.iter().all(|image| image.digest != fetched.digest) {
-                    let (digest, manifest_bytes) = (fetched.digest, fetched.bytes);
-                    let top_digest = set.digest.clone();
-                    set.images.push(Image { digest, top_digest, manifest_bytes, manifest, platform });
-                }
+                let (digest, manifest_bytes) = (fetched.digest, fetched.bytes);
+                let top_digest = set.digest.clone();
+                set.images.push(Image { digest, top_digest, manifest_bytes, manifest, platform });
                 return Ok(());
             }
             Manifest::Index(entries) => entries,
@@ -194,12 +198,18 @@ impl Source {
             return Err(self.too_deep());
         }
         for (entry, platform) in images(&entries) {
-            if set.images.len() >= MAX_IMAGES {
-                let reason = format!("the index lists more than {MAX_IMAGES} images");
+            if self.client.is_cancelled() {
+                return Err(RegistryError::Cancelled);
+            }
+            if !seen.insert(entry.descriptor.digest.clone()) {
+                continue;
+            }
+            if seen.len() > MAX_DOCUMENTS {
+                let reason = format!("the index leads to more than {MAX_DOCUMENTS} documents");
                 return Err(RegistryError::Configuration { object: self.name.to_string(), reason });
             }
             let next = self.manifest(Some(&entry.descriptor.digest))?;
-            self.collect(next, platform.cloned(), depth + 1, set)?;
+            self.collect(next, platform.cloned(), depth + 1, seen, set)?;
         }
         Ok(())
     }
@@ -257,6 +267,7 @@ impl Source {
             bytes,
             client: self.client.clone(),
             digester: Some(Digester::like(&blob.digest)),
+            is_verified: false,
             blob: blob.clone(),
             received: 0,
             object,
@@ -292,6 +303,7 @@ struct Verified {
     bytes: Box<dyn Read + Send>,
     client: Client,
     digester: Option<Digester>,
+    is_verified: bool,
     blob: Descriptor,
     received: u64,
     object: String,
@@ -309,12 +321,19 @@ impl Verified {
     }
 
     fn verify(&mut self) -> io::Result<()> {
-        let Some(digester) = self.digester.take() else { return Ok(()) };
+        if self.is_verified {
+            return Ok(());
+        }
+        // Whoever asks again after an error gets no clean end.
+        let Some(digester) = self.digester.take() else {
+            return Err(io::Error::other(RegistryError::Cancelled));
+        };
         if self.received != self.blob.size {
             return Err(self.wrong_size());
         }
         let (found, expected) = (digester.finish(), self.blob.digest.clone());
         if found == expected {
+            self.is_verified = true;
             return Ok(());
         }
         let (object, host) = (self.object.clone(), self.place.clone());
@@ -349,6 +368,16 @@ impl Read for Verified {
         }
         Ok(length)
     }
+}
+
+/// Opens a regular file: anything else might keep us waiting for ever.
+fn open(path: &Path) -> io::Result<File> {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let file = File::options().read(true).custom_flags(O_NONBLOCK).open(path)?;
+    if file.metadata()?.is_file() {
+        return Ok(file);
+    }
+    Err(io::Error::new(io::ErrorKind::InvalidInput, "is not a regular file"))
 }
 
 /// A document of a local source in whole, of at most `limit` bytes.

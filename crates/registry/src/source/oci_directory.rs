@@ -59,7 +59,7 @@ impl OciDirectory {
     pub(super) fn open(directory: &Path, name: Option<&str>) -> Result<Self, RegistryError> {
         let file = directory.join("index.json");
         let local = |cause| RegistryError::Local { object: file.display().to_string(), cause };
-        let index = File::open(&file).map_err(|error| match error.kind() {
+        let index = super::open(&file).map_err(|error| match error.kind() {
             std::io::ErrorKind::NotFound => not_found("index.json".to_owned(), directory),
             _ => local(error),
         })?;
@@ -82,7 +82,7 @@ impl OciDirectory {
             }));
         };
         let digest = entry.digest.parse().map_err(|error| invalid(format!("{error}")))?;
-        let top = Top { digest, name: entry.name().map(str::to_owned) };
+        let top = Top { digest, name: name.or(entry.name()).map(str::to_owned) };
         Ok(Self { directory: directory.to_owned(), top })
     }
 
@@ -113,7 +113,7 @@ impl OciDirectory {
 
     pub(super) fn blob(&self, digest: &Digest) -> Result<File, RegistryError> {
         let file = self.directory.join("blobs").join(digest.algorithm()).join(digest.hex());
-        File::open(&file).map_err(|cause| match cause.kind() {
+        super::open(&file).map_err(|cause| match cause.kind() {
             std::io::ErrorKind::NotFound => not_found(format!("blob {digest}"), &self.directory),
             _ => RegistryError::Local { object: file.display().to_string(), cause },
         })
