@@ -105,7 +105,26 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// A mirror that begins to answer and then serves something else costs a second download,
+/// from the registry itself.
 fn fetch(
+    source: &Source,
+    wanted: &Wanted,
+    directory: &Path,
+    progress: &Progress,
+) -> Result<SpooledLayer, ConvertError> {
+    match (fetch_from(source, wanted, directory, progress), source.without_mirrors()) {
+        (Err(ConvertError::Registry(error)), Some(registry))
+            if !matches!(error, RegistryError::Cancelled) =>
+        {
+            tracing::warn!(layer = %wanted.blob.digest, %error, "asking the registry itself");
+            fetch_from(&registry, wanted, directory, progress)
+        }
+        (fetched, _) => fetched,
+    }
+}
+
+fn fetch_from(
     source: &Source,
     wanted: &Wanted,
     directory: &Path,

@@ -1,8 +1,9 @@
 //! Images in registries: reading and pushing.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::Instant;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use reqwest::Method;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue};
@@ -24,6 +25,8 @@ use crate::transport::{Body, Call, Transport, network, refusal};
 
 /// Pages of a list of tags. Registries send a hundred to a thousand in each.
 const MAX_TAG_PAGES: usize = 1000;
+/// How long a mirror is not asked after nobody answered there.
+const MIRROR_REST: Duration = Duration::from_secs(300);
 /// Most tags of a repository.
 const MAX_TAGS: usize = 1_000_000;
 /// Threads that move bytes and hash them; the readers' own threads come on top.
@@ -98,6 +101,8 @@ pub struct Client {
     transport: Arc<Transport>,
     endpoint: Option<Endpoint>,
     mirrors: Arc<[Mirror]>,
+    /// Since when a mirror is not asked.
+    resting: Arc<Mutex<HashMap<String, Instant>>>,
 }
 
 /// A manifest as it was served.
@@ -158,6 +163,7 @@ impl Client {
             transport: Arc::new(transport),
             endpoint: settings.endpoint,
             mirrors: settings.mirrors.into(),
+            resting: Arc::default(),
         })
     }
 
@@ -441,6 +447,23 @@ impl Client {
         })
     }
 
+    /// This client without mirrors; `None` if it has none for the registry.
+    pub(crate) fn without_mirrors(&self, registry: &str) -> Option<Self> {
+        let has = self.mirrors.iter().any(|mirror| mirror.registry == registry);
+        has.then(|| Self { mirrors: Arc::from([]), ..self.clone() })
+    }
+
+    fn is_resting(&self, mirror: &Mirror) -> bool {
+        let resting = self.resting.lock().unwrap_or_else(PoisonError::into_inner);
+        resting.get(mirror.endpoint.as_str()).is_some_and(|since| since.elapsed() < MIRROR_REST)
+    }
+
+    /// A mirror that nobody answers at would cost each request its deadline.
+    fn let_rest(&self, mirror: &Mirror) {
+        let mut resting = self.resting.lock().unwrap_or_else(PoisonError::into_inner);
+        resting.insert(mirror.endpoint.as_str().to_owned(), Instant::now());
+    }
+
     /// Reads from the first mirror that answers, else from the registry itself. A mirror
     /// is a registry of its own: it does not get the registry's credentials.
     fn mirrored<T>(
@@ -449,10 +472,16 @@ impl Client {
         read: impl Fn(&Reference, &Endpoint) -> Result<T, RegistryError>,
     ) -> Result<T, RegistryError> {
         for mirror in self.mirrors.iter().filter(|mirror| mirror.registry == reference.registry) {
+            if self.is_resting(mirror) {
+                continue;
+            }
             let (transport, registry) = mirror.endpoint.registry();
             let there = Reference { transport, registry, ..reference.clone() };
             match read(&there, &mirror.endpoint) {
                 Err(error) if !matches!(error, RegistryError::Cancelled) => {
+                    if matches!(error, RegistryError::Network { .. } | RegistryError::Timeout { .. }) {
+                        self.let_rest(mirror);
+                    }
                     tracing::info!(mirror = mirror.endpoint.as_str(), %error, "a mirror does not serve, asking the registry");
                 }
                 result => return result,

@@ -271,3 +271,29 @@ fn all_platforms_of_an_image_that_stands_alone_is_that_image() {
     assert!(report.get("images").is_none(), "{report}");
     assert!(place.registry.manifest("thin", "1").unwrap()["layers"].is_array());
 }
+
+#[test]
+fn a_mirror_that_serves_something_else_costs_a_second_download_and_nothing_more() {
+    let place = Workplace::new();
+    let image = image();
+    place.registry.push("app", "1", &image).unwrap();
+    let mirror = testkit::Registry::start().unwrap();
+    mirror.push("app", "1", &image).unwrap();
+    let file = mirror.blob_file(&image.layers[0].digest());
+    let mut damaged = std::fs::read(&file).unwrap();
+    *damaged.last_mut().unwrap() ^= 1;
+    std::fs::write(&file, damaged).unwrap();
+    let source = place.registry.reference("app", "1");
+    let option = format!("{}=http://{}", place.registry.address(), mirror.address());
+    let report = place.convert(&source, &["--mirror", &option]).json();
+    assert_eq!(states(&report), ["new"; 3]);
+    place.assert_consistent();
+    let layers = |log: &str, index: usize| {
+        let blob = format!("GET /v2/app/blobs/{}", image.layers[index].digest());
+        log.matches(&blob).count()
+    };
+    let (asked, of_mirror) = (place.registry.log_text(), mirror.log_text());
+    assert_eq!([layers(&asked, 0), layers(&asked, 1)], [1, 0], "only what the mirror has wrong");
+    assert!(layers(&of_mirror, 1) >= 1);
+    place.assert_spool_is_empty();
+}

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Read, Seek as _, SeekFrom};
+use std::io::{self, Read, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use layer_tar::{AbsoluteNames, EndOfArchive, EntryKind, LayerPath, LayerReader, 
 use serde::Deserialize;
 
 use super::read_document;
-use crate::client::FetchedManifest;
+use crate::client::{Client, FetchedManifest};
 use crate::config::{ImageConfig, MAX_CONFIG_BYTES};
 use crate::digest::{Digest, Digester};
 use crate::error::RegistryError;
@@ -63,7 +63,12 @@ struct SavedImage {
 }
 
 impl DockerArchive {
-    pub(super) fn open(path: &Path, name: Option<&str>, spool: &Path) -> Result<Self, RegistryError> {
+    pub(super) fn open(
+        path: &Path,
+        name: Option<&str>,
+        spool: &Path,
+        client: &Client,
+    ) -> Result<Self, RegistryError> {
         let file = super::open(path).map_err(|cause| match cause.kind() {
             io::ErrorKind::NotFound => {
                 let (object, place) = ("docker-archive".to_owned(), path.display().to_string());
@@ -71,7 +76,7 @@ impl DockerArchive {
             }
             _ => RegistryError::Local { object: path.display().to_string(), cause },
         })?;
-        let archive = Opening { path, file: Arc::new(uncompressed(file, path, spool)?) };
+        let archive = Opening { path, client, file: Arc::new(uncompressed(file, path, spool, client)?) };
         let members = archive.members()?;
         let saved = archive.saved_image(&members, name)?;
         let mut opened = archive.finish(&members, &saved)?;
@@ -105,6 +110,7 @@ impl DockerArchive {
 /// An archive that is being looked through.
 struct Opening<'a> {
     path: &'a Path,
+    client: &'a Client,
     file: Arc<File>,
 }
 
@@ -211,13 +217,22 @@ impl Opening<'_> {
         let id = Digest::sha256_of(&text);
         let mut blobs = BTreeMap::from([(id.clone(), span)]);
         let mut layers = Vec::with_capacity(saved.layers.len());
+        // An image may name one member often.
+        let mut digests: BTreeMap<u64, Digest> = BTreeMap::new();
         for (name, diff_id) in saved.layers.iter().zip(&config.diff_ids) {
             let span = self.span(members, name)?;
             // Uncompressed, as the engine writes it, the layer is what the diff id says, and
             // reading it will show. Other tools compress: then the bytes have a digest of their own.
             let digest = match self.is_compressed(span)? {
                 false => diff_id.clone(),
-                true => self.digest(span)?,
+                true => match digests.get(&span.offset) {
+                    Some(digest) => digest.clone(),
+                    None => {
+                        let digest = self.digest(span)?;
+                        digests.insert(span.offset, digest.clone());
+                        digest
+                    }
+                },
             };
             layers.push(Descriptor {
                 media_type: media_type::DOCKER_LAYER.to_owned(),
@@ -262,6 +277,9 @@ impl Opening<'_> {
         let mut digester = Digester::sha256();
         let mut piece = vec![0; PIECE_BYTES];
         loop {
+            if self.client.is_cancelled() {
+                return Err(RegistryError::Cancelled);
+            }
             let length = reader.read(&mut piece).map_err(|cause| self.failed(cause))?;
             match piece.get(..length) {
                 Some(bytes) if !bytes.is_empty() => digester.update(bytes),
@@ -291,7 +309,7 @@ fn target_of(link: &LayerPath, target: &[u8]) -> Option<LayerPath> {
 }
 
 /// The archive as a file that can be read from anywhere.
-fn uncompressed(mut file: File, path: &Path, spool: &Path) -> Result<File, RegistryError> {
+fn uncompressed(mut file: File, path: &Path, spool: &Path, client: &Client) -> Result<File, RegistryError> {
     let failed = |cause| RegistryError::Local { object: path.display().to_string(), cause };
     if !crate::layer::is_compressed(&file).map_err(failed)? {
         return Ok(file);
@@ -302,8 +320,17 @@ fn uncompressed(mut file: File, path: &Path, spool: &Path) -> Result<File, Regis
         cause,
     })?;
     let mut unpacked = Unpacked::new(file, crate::layer::MAX_LAYER_BYTES).map_err(failed)?;
-    io::copy(&mut unpacked, &mut plain).map_err(failed)?;
-    Ok(plain)
+    let mut piece = vec![0; PIECE_BYTES];
+    loop {
+        if client.is_cancelled() {
+            return Err(RegistryError::Cancelled);
+        }
+        let length = unpacked.read(&mut piece).map_err(failed)?;
+        match piece.get(..length) {
+            Some(bytes) if !bytes.is_empty() => plain.write_all(bytes).map_err(failed)?,
+            _ => return Ok(plain),
+        }
+    }
 }
 
 /// A member's bytes. Readers do not share a position.

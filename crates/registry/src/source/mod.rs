@@ -68,7 +68,7 @@ impl Source {
         let kept = match name {
             ImageSource::Registry(reference) => Kept::Registry(reference.clone()),
             ImageSource::DockerArchive { file, name } => {
-                Kept::Archive(Arc::new(DockerArchive::open(file, name.as_deref(), spool)?))
+                Kept::Archive(Arc::new(DockerArchive::open(file, name.as_deref(), spool, client)?))
             }
             ImageSource::OciDirectory { directory, name } => {
                 Kept::Directory(Arc::new(OciDirectory::open(directory, name.as_deref())?))
@@ -95,6 +95,13 @@ impl Source {
             Kept::Directory(directory) => directory.reference(),
             Kept::Archive(archive) => archive.reference(),
         }
+    }
+
+    /// The same source without mirrors; `None` if there are none in use.
+    pub fn without_mirrors(&self) -> Option<Self> {
+        let Kept::Registry(reference) = &self.kept else { return None };
+        let client = self.client.without_mirrors(&reference.registry)?;
+        Some(Self { client, ..self.clone() })
     }
 
     /// The signatures that the source keeps of a manifest or index. Local sources keep none.
