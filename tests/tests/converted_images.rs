@@ -108,6 +108,8 @@ fi
 }
 
 fn debian(scratch: &Path) -> Image {
+    let packages: Vec<&str> = BASE.split_whitespace().chain(MORE.split_whitespace()).collect();
+    testkit::install(&packages).unwrap();
     let change = TarBuilder::new()
         .file("etc/debian_version", 0o644, b"changed\n")
         .file("usr/share/.wh.zoneinfo", 0o644, b"")
