@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::body::{Body, Incoming};
+use hyper::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
@@ -18,6 +19,31 @@ use tokio::sync::Semaphore;
 const MAX_CONNECTIONS: usize = 1024;
 /// A client must send its request headers within this time, also on an idle keep-alive connection.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What a request has to state as `Authorization`, alone or behind `Bearer`. Its `Debug` form hides it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Token(String);
+
+impl Token {
+    /// Wraps a token.
+    pub fn new(text: impl Into<String>) -> Token {
+        Token(text.into())
+    }
+
+    /// Whether a request states it; takes the same time wherever the texts differ.
+    pub fn is_stated_in(&self, headers: &HeaderMap) -> bool {
+        let given = headers.get(AUTHORIZATION).map(HeaderValue::as_bytes).unwrap_or_default();
+        let given = given.strip_prefix(b"Bearer ").unwrap_or(given);
+        given.len() == self.0.len()
+            && given.iter().zip(self.0.as_bytes()).fold(0, |differs, (a, b)| differs | (a ^ b)) == 0
+    }
+}
+
+impl std::fmt::Debug for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Token(…)")
+    }
+}
 
 /// Answers requests until the returned future is dropped.
 pub async fn serve<A, F, B>(listener: TcpListener, answer: A)

@@ -21,6 +21,7 @@
 //! * The thin image depends on nothing but its source and its place in the repository:
 //!   the same conversion gives the same bytes.
 
+mod bounded;
 pub mod cli;
 pub mod convert;
 mod failure;

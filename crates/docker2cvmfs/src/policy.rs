@@ -24,6 +24,7 @@ use base64::Engine as _;
 use registry::{Digest, ImageSource, PublicKey, Reference, Statement};
 use serde::Deserialize;
 
+use crate::bounded::read_text;
 use crate::convert::Resolved;
 use crate::failure::ConvertError;
 
@@ -80,7 +81,7 @@ impl Policy {
     /// A file that cannot be read or used, or a requirement that is not known.
     pub fn read(file: &Path) -> Result<Self, PolicyError> {
         let failed = |reason: String| PolicyError { file: file.to_owned(), reason };
-        let text = read_bounded(file, MAX_POLICY_BYTES).map_err(failed)?;
+        let text = read_text(file, MAX_POLICY_BYTES).map_err(failed)?;
         Self::parse(&text).map_err(failed)
     }
 
@@ -341,8 +342,8 @@ fn requirement(raw: RawRequirement) -> Result<Requirement, String> {
 fn signed(raw: RawSigned) -> Result<Requirement, String> {
     let mut texts = Vec::new();
     for path in raw.key_path.iter().chain(raw.key_paths.iter().flatten()) {
-        let text = read_bounded(path, MAX_KEY_BYTES)
-            .map_err(|reason| format!("key {}: {reason}", path.display()))?;
+        let text =
+            read_text(path, MAX_KEY_BYTES).map_err(|reason| format!("key {}: {reason}", path.display()))?;
         texts.push((format!("key {}", path.display()), text));
     }
     for data in raw.key_data.iter().chain(raw.key_datas.iter().flatten()) {
@@ -382,14 +383,6 @@ fn identity(raw: RawIdentity) -> Result<SignedIdentity, String> {
         }
         other => Err(format!("signedIdentity {other:?} is not supported")),
     }
-}
-
-fn read_bounded(file: &Path, limit: u64) -> Result<String, String> {
-    use std::io::Read as _;
-    let opened = std::fs::File::open(file).map_err(|error| format!("cannot be read: {error}"))?;
-    let mut text = String::new();
-    opened.take(limit + 1).read_to_string(&mut text).map_err(|error| format!("cannot be read: {error}"))?;
-    if text.len() as u64 > limit { Err(format!("is larger than {limit} bytes")) } else { Ok(text) }
 }
 
 #[cfg(test)]

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use crate::credentials::CredentialsError;
 use crate::digest::Digest;
-use crate::layer::LayerError;
 use crate::manifest::ManifestError;
 use crate::reference::ReferenceError;
 
@@ -166,15 +165,6 @@ pub enum RegistryError {
         wanted: String,
         /// Those there are.
         offered: String,
-    },
-    /// The layer's bytes are right but cannot be unpacked, or unpack to something else.
-    #[error("{object}: {cause}")]
-    Layer {
-        /// The layer.
-        object: String,
-        /// What is wrong with it.
-        #[source]
-        cause: LayerError,
     },
     /// A redirect or token service that would expose credentials or lead nowhere.
     #[error("{object}: registry {host} {reason}")]

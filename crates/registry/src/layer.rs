@@ -103,16 +103,6 @@ impl<R: Read> LayerStream<R> {
         Ok(self.plain_bytes())
     }
 
-    /// The reader that the blob came from, wherever it stands.
-    pub fn into_blob(self) -> R {
-        let blob = match self.unpacked.decoder {
-            Decoder::Plain(blob) => blob,
-            Decoder::Gzip(decoder) => decoder.into_inner(),
-            Decoder::Zstd(decoder) => decoder.into_inner(),
-        };
-        blob.into_inner().into_inner().1
-    }
-
     fn verify(&mut self) -> io::Result<()> {
         let digester = match self.digester.take() {
             Some(digester) => digester,

@@ -18,11 +18,12 @@ use bucket::{LayerKey, LayerState};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
-use hyper::header::{AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
+use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 
 use super::publish::Worker;
 use super::queue::{Queue, Told};
+use crate::http_server::Token;
 
 /// Largest notification; a record has about 1 kB.
 const MAX_NOTIFICATION: usize = 1 << 20;
@@ -36,14 +37,14 @@ const LOOK_TIME: Duration = Duration::from_secs(8);
 pub(super) struct Answers {
     worker: Arc<Worker>,
     queue: Arc<Queue>,
-    token: Option<String>,
+    token: Option<Token>,
 }
 
 type Answer = Response<Full<Bytes>>;
 
 impl Answers {
     pub(super) fn new(worker: Arc<Worker>, queue: Arc<Queue>, token: Option<String>) -> Answers {
-        Answers { worker, queue, token }
+        Answers { worker, queue, token: token.map(Token::new) }
     }
 
     pub(super) async fn answer(&self, request: Request<Incoming>, peer: SocketAddr) -> Answer {
@@ -63,7 +64,7 @@ impl Answers {
 
     /// Stores send a notification again when it was refused.
     async fn notified(&self, request: Request<Incoming>, peer: SocketAddr) -> Answer {
-        if !self.is_authorised(&request) {
+        if self.token.as_ref().is_some_and(|token| !token.is_stated_in(request.headers())) {
             tracing::warn!(%peer, "refused a notification without the token");
             return text(StatusCode::UNAUTHORIZED, "the token is missing or wrong (--token-file)\n");
         }
@@ -89,15 +90,6 @@ impl Answers {
             }
             Err(error) => text(StatusCode::BAD_REQUEST, &format!("no S3 event notification: {error}\n")),
         }
-    }
-
-    fn is_authorised(&self, request: &Request<Incoming>) -> bool {
-        let Some(token) = &self.token else { return true };
-        let given = request.headers().get(AUTHORIZATION).map(HeaderValue::as_bytes).unwrap_or_default();
-        let given = given.strip_prefix(b"Bearer ").unwrap_or(given);
-        // In the same time wherever they differ.
-        given.len() == token.len()
-            && given.iter().zip(token.as_bytes()).fold(0, |differs, (a, b)| differs | (a ^ b)) == 0
     }
 
     /// Engines of old look at the body alone, and take everything but these three words for a failure.

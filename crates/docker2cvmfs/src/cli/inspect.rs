@@ -56,13 +56,21 @@ pub(super) fn thin(arguments: &Arguments, thin: &ThinArguments) -> Result<String
     Ok(format!("{}\n", ThinImage::new(Some(origin), layers)?.to_json()))
 }
 
-/// An image and where it comes from.
-pub(super) fn fetch(arguments: &Arguments, image: &ImageArguments) -> Result<(Source, Image), ConvertError> {
+/// Where an image comes from.
+pub(super) fn open(arguments: &Arguments, image: &ImageArguments) -> Result<Source, ConvertError> {
     let client = arguments.source_client()?;
     signals::cancel_on_signal(&[client.canceller()], None);
-    let name = arguments.image(&image.image)?;
-    let source = Source::open(&name, &client, &spool::directory(None))?;
-    let found = source.image(&image.platform.platform.clone().unwrap_or_else(Platform::host))?;
+    Ok(Source::open(&arguments.image(&image.image)?, &client, &spool::directory(None))?)
+}
+
+/// The platform that was asked for, else this machine's.
+pub(super) fn platform(image: &ImageArguments) -> Platform {
+    image.platform.platform.clone().unwrap_or_else(Platform::host)
+}
+
+fn fetch(arguments: &Arguments, image: &ImageArguments) -> Result<(Source, Image), ConvertError> {
+    let source = open(arguments, image)?;
+    let found = source.image(&platform(image))?;
     Ok((source, found))
 }
 

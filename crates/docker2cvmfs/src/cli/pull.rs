@@ -47,19 +47,16 @@ fn into_directory(
     directory: &Path,
 ) -> Result<String, ConvertError> {
     let policy = pull.layout.policy.as_deref().map(Policy::read).transpose()?;
-    let (source, image) = inspect::fetch(arguments, &pull.image)?;
-    if let Some(policy) = policy {
-        let resolved = resolve(&source, &publish::choice(&pull.image.platform))?;
-        policy.check(&resolved)?;
-        // The name was asked for twice, and may have moved.
-        if resolved.images.iter().all(|checked| checked.image.digest != image.digest) {
-            return Err(ConvertError::Refused {
-                image: source.name().to_string(),
-                scope: "all".to_owned(),
-                reason: "it changed while it was looked at; try again".to_owned(),
-            });
+    let source = inspect::open(arguments, &pull.image)?;
+    let image = match policy {
+        None => source.image(&inspect::platform(&pull.image))?,
+        // What was checked is what is fetched: the name is asked for once.
+        Some(policy) => {
+            let resolved = resolve(&source, &publish::choice(&pull.image.platform))?;
+            policy.check(&resolved)?;
+            resolved.only_image().image.clone()
         }
-    }
+    };
     let progress = if arguments.json { Progress::silent() } else { Progress::on_stderr() };
     fs::create_dir_all(directory)
         .map_err(|cause| ConvertError::Output { file: directory.to_owned(), cause })?;

@@ -2,11 +2,14 @@
 
 use std::path::Path;
 
+use cvmfs_publish::http_server::Token;
+
 use super::arguments::{Arguments, LoopArguments};
 use super::signals;
+use crate::bounded::read_text;
 use crate::failure::ConvertError;
 use crate::progress::Progress;
-use crate::wishes::{self, Bell, LoopRequest, Token};
+use crate::wishes::{self, Bell, LoopRequest};
 
 /// A token is a line.
 const MAX_TOKEN_BYTES: u64 = 4 << 10;
@@ -61,11 +64,8 @@ pub(super) fn run(arguments: &Arguments, loop_: &LoopArguments) -> Result<(Strin
 }
 
 fn read_token(file: &Path) -> Result<Token, ConvertError> {
-    use std::io::Read as _;
     let failed = |reason: String| ConvertError::Usage(format!("--token-file {}: {reason}", file.display()));
-    let opened = std::fs::File::open(file).map_err(|error| failed(error.to_string()))?;
-    let mut text = String::new();
-    opened.take(MAX_TOKEN_BYTES).read_to_string(&mut text).map_err(|error| failed(error.to_string()))?;
+    let text = read_text(file, MAX_TOKEN_BYTES).map_err(failed)?;
     let token = text.trim();
     if token.is_empty() {
         return Err(failed("is empty".to_owned()));

@@ -65,6 +65,13 @@ pub(crate) struct Resolved {
     pub(crate) images: Vec<SourceImage>,
 }
 
+impl Resolved {
+    /// The one image of a choice of one platform, the first of several.
+    pub(crate) fn only_image(&self) -> &SourceImage {
+        self.images.first().expect("what has no image is refused when it is resolved")
+    }
+}
+
 /// Fetches the documents of the images wanted.
 pub(crate) fn resolve(source: &Source, choice: &PlatformChoice) -> Result<Resolved, ConvertError> {
     let (set, top_digest) = match choice {

@@ -38,13 +38,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cvmfs_publish::Interrupt;
+use cvmfs_publish::http_server::Token;
 use registry::{Client, ClientSettings, Credential, Credentials, Mirror, Secret};
 
 pub use bell::Bell;
 pub use notice::{Notice, notices};
 pub use recipe::{OutputFormat, Recipe, RecipeError, TagPattern, Wish};
 pub use report::{ImageOutcome, ImageState, RoundReport};
-pub use server::Token;
 
 use crate::convert::{Layout, PlatformChoice};
 use crate::failure::ConvertError;

@@ -18,6 +18,8 @@ use registry::{Reference, ReferenceTransport};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
+use crate::bounded::read_text;
+
 /// Largest accepted wish list in bytes: a hundred thousand long names.
 const MAX_RECIPE_BYTES: u64 = 16 << 20;
 /// Most wishes of one list.
@@ -96,17 +98,8 @@ impl Recipe {
     /// # Errors
     /// A file that cannot be read, is no list, or has a wish that is no image.
     pub fn read(file: &Path) -> Result<Self, RecipeError> {
-        use std::io::Read as _;
         let failed = |reason: String| RecipeError { file: file.to_owned(), reason };
-        let opened = std::fs::File::open(file).map_err(|error| failed(format!("cannot be read: {error}")))?;
-        let mut text = String::new();
-        opened
-            .take(MAX_RECIPE_BYTES + 1)
-            .read_to_string(&mut text)
-            .map_err(|error| failed(format!("cannot be read: {error}")))?;
-        if text.len() as u64 > MAX_RECIPE_BYTES {
-            return Err(failed(format!("is larger than {MAX_RECIPE_BYTES} bytes")));
-        }
+        let text = read_text(file, MAX_RECIPE_BYTES).map_err(failed)?;
         Self::parse(&text).map_err(failed)
     }
 

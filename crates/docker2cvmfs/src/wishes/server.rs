@@ -14,9 +14,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use cvmfs_publish::http_server::Token;
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
-use hyper::header::{AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
+use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 
 use super::bell::Bell;
@@ -30,29 +31,6 @@ use crate::failure::ConvertError;
 const MAX_NOTIFICATION: usize = 1 << 20;
 /// Time for the body of a notification.
 const BODY_TIME: Duration = Duration::from_secs(30);
-
-/// What notifications have to state as `Authorization`. Its `Debug` form hides it.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Token(String);
-
-impl Token {
-    /// Wraps a token.
-    pub fn new(text: impl Into<String>) -> Self {
-        Self(text.into())
-    }
-
-    fn is(&self, given: &[u8]) -> bool {
-        // In the same time wherever they differ.
-        given.len() == self.0.len()
-            && given.iter().zip(self.0.as_bytes()).fold(0, |differs, (a, b)| differs | (a ^ b)) == 0
-    }
-}
-
-impl std::fmt::Debug for Token {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Token(…)")
-    }
-}
 
 /// What there is to say about the loop.
 #[derive(Debug)]
@@ -190,7 +168,7 @@ impl Answers {
     }
 
     async fn notified(&self, request: Request<Incoming>, peer: SocketAddr) -> Answer {
-        if !self.is_authorised(&request) {
+        if self.token.as_ref().is_some_and(|token| !token.is_stated_in(request.headers())) {
             tracing::warn!(%peer, "refused a notification without the token");
             return text(
                 StatusCode::UNAUTHORIZED,
@@ -217,12 +195,6 @@ impl Answers {
             }
             Err(error) => text(StatusCode::BAD_REQUEST, format!("{error}\n")),
         }
-    }
-
-    fn is_authorised(&self, request: &Request<Incoming>) -> bool {
-        let Some(token) = &self.token else { return true };
-        let given = request.headers().get(AUTHORIZATION).map(HeaderValue::as_bytes).unwrap_or_default();
-        token.is(given.strip_prefix(b"Bearer ").unwrap_or(given))
     }
 }
 
