@@ -238,6 +238,11 @@ fn an_image_lies_where_snapshotter_and_apptainer_look() {
     assert!(std::fs::read_link(mount.path().join(registry.reference("team/app", "2"))).unwrap() == link);
     let origin = format!("{}/.metadata/origin.json", place(".layers", &image.layers[0].digest()));
     assert_eq!(json(&origin)["origin"].as_array().unwrap().len(), 2);
+    let images = json("podmanStore/overlay-images/images.json");
+    let named = images.as_array().unwrap().iter().find(|image| image["id"] == hex(&id)).unwrap();
+    assert_eq!(named["names"], serde_json::json!([reference, registry.reference("team/app", "2")]));
+    assert_eq!(images.as_array().unwrap().len(), 2, "{images}");
+    assert_eq!(json("podmanStore/overlay-layers/layers.json").as_array().unwrap().len(), 2);
     repository.publish("check", &[]).unwrap().success().unwrap();
 }
 
@@ -292,6 +297,111 @@ fn the_loop_keeps_links_true_and_removes_flat_trees_after_the_grace() {
     mount.ask("remount sync", Duration::from_secs(20)).unwrap();
     assert!(!flat("first").exists() && !flat("gone").exists() && flat("second").is_dir());
     assert!(at("gone:1").symlink_metadata().is_err());
+    let index = |name: &str| -> Value {
+        let text = std::fs::read(mount.path().join("podmanStore").join(name)).unwrap();
+        serde_json::from_slice(&text).unwrap()
+    };
+    let (images, layers) = (index("overlay-images/images.json"), index("overlay-layers/layers.json"));
+    assert_eq!(images[0]["names"], serde_json::json!([registry.reference("app", "1")]));
+    assert_eq!((images.as_array().unwrap().len(), layers.as_array().unwrap().len()), (1, 2));
+    let kept = std::fs::read_dir(mount.path().join("podmanStore/overlay")).unwrap().count();
+    assert_eq!(kept, 3, "two layers, and the directory of short names");
     assert_eq!(std::fs::read(at("app:1/base")).unwrap(), b"base", "what others need stays");
     repository.publish("check", &[]).unwrap().success().unwrap();
+}
+
+/// podman of this machine, with images of its own nowhere and those of a repository's store.
+struct Podman {
+    scratch: testkit::ScratchDir,
+}
+
+impl Podman {
+    fn with_store(store: &Path) -> Podman {
+        testkit::install(&["podman"]).unwrap();
+        let scratch = testkit::ScratchDir::new("podman").unwrap();
+        let directory = scratch.path().display();
+        let text = format!(
+            "[storage]\ndriver = \"overlay\"\ngraphroot = \"{directory}/root\"\nrunroot = \"{directory}/run\"\n\
+             [storage.options]\nadditionalimagestores = [\"{}\"]\n",
+            store.display()
+        );
+        std::fs::write(scratch.path().join("storage.conf"), text).unwrap();
+        Podman { scratch }
+    }
+
+    fn run(&self, arguments: &[&str]) -> String {
+        let mut command = Command::new("podman");
+        command.arg("--cgroup-manager=cgroupfs").args(arguments);
+        command.env("CONTAINERS_STORAGE_CONF", self.scratch.path().join("storage.conf"));
+        run(command, Duration::from_secs(60)).unwrap().success().unwrap().trim().to_owned()
+    }
+
+    /// The tree that a container of an image has.
+    fn container_of<R>(&self, image: &str, look: impl FnOnce(&Path) -> R) -> R {
+        let container = self.run(&["create", "--network=host", image, "/none"]);
+        let root = self.run(&["mount", &container]);
+        let seen = look(Path::new(&root));
+        self.run(&["umount", &container]);
+        self.run(&["rm", &container]);
+        seen
+    }
+}
+
+impl Drop for Podman {
+    fn drop(&mut self) {
+        // podman leaves its directory mounted on itself.
+        for below in ["root/overlay", "root"] {
+            let _ =
+                rustix::mount::unmount(self.scratch.path().join(below), rustix::mount::UnmountFlags::DETACH);
+        }
+    }
+}
+
+#[test]
+fn podman_finds_the_images_and_stacks_their_layers() {
+    let registry = Registry::start().unwrap();
+    let layer = |name: &str, content: &[u8]| TarBuilder::new().file(name, 0o644, content).finish();
+    let shared = TarBuilder::new()
+        .file("dir/.wh.gone", 0o644, b"")
+        .directory("replaced", 0o755)
+        .file("replaced/.wh..wh..opq", 0o644, b"")
+        .file("replaced/new", 0o644, b"new")
+        .finish();
+    let image = |base: &[u8]| {
+        let below = TarBuilder::new()
+            .file("base", 0o644, base)
+            .file("dir/gone", 0o644, b"")
+            .file("dir/stays", 0o644, b"")
+            .file("replaced/old", 0o644, b"old")
+            .finish();
+        Image::new([below, shared.clone(), layer("top", base)])
+    };
+    // The same layer on two others.
+    registry.push("team/one", "1", &image(b"one")).unwrap();
+    registry.push("team/two", "1", &image(b"two")).unwrap();
+    let repository = Published::create("podman.example.org").unwrap();
+    let names = ["team/one", "team/two"].map(|name| registry.reference(name, "1"));
+    for name in &names {
+        repository.convert(name, &["--layout", "unpacked"]).unwrap();
+    }
+    repository.publish("check", &[]).unwrap().success().unwrap();
+    let mount = MountBuilder::new(&repository.fqrn, &repository.client_config().unwrap()).mount().unwrap();
+    let podman = Podman::with_store(&mount.path().join("podmanStore"));
+    let listed: Value = serde_json::from_str(&podman.run(&["images", "--format", "json"])).unwrap();
+    let mut found: Vec<&str> =
+        listed.as_array().unwrap().iter().map(|image| image["Names"][0].as_str().unwrap()).collect();
+    found.sort_unstable();
+    assert_eq!(found, names.each_ref().map(String::as_str), "{listed}");
+    assert!(listed.as_array().unwrap().iter().all(|image| image["ReadOnly"] == true), "{listed}");
+    for (name, base) in names.iter().zip(["one", "two"]) {
+        podman.container_of(name, |root| {
+            let read = |path: &str| std::fs::read_to_string(root.join(path)).unwrap();
+            assert_eq!((read("base").as_str(), read("top").as_str()), (base, base));
+            assert!(root.join("dir/stays").exists() && !root.join("dir/gone").exists());
+            assert!(root.join("replaced/new").exists() && !root.join("replaced/old").exists());
+            // What it writes goes to podman's own store.
+            std::fs::write(root.join("dir/stays"), b"changed").unwrap();
+            assert_eq!(read("dir/stays"), "changed");
+        });
+    }
 }

@@ -214,17 +214,35 @@ impl Apply<'_> {
         if let Some((number, names)) = group {
             (entry.link_group, entry.link_count) = (number, names);
         }
-        let mut grown = 0;
-        if !nothing_there {
-            grown = self.clear(at, path)?;
+        let there = if nothing_there { None } else { self.workspace.row(at, path)? };
+        if let Some(there) = &there
+            && self.is_same(at, path, there, &entry, &chunks)?
+        {
+            return Ok(0);
         }
+        let grown = self.clear(at, path, there)?;
         self.workspace.insert(at, path, &entry, &chunks)?;
         Ok(grown)
     }
 
+    /// Whether a row says the same as the one that would replace it: then its catalog stays as it is.
+    fn is_same(
+        &self,
+        at: Index,
+        path: &[u8],
+        there: &Entry,
+        entry: &Entry,
+        chunks: &[Chunk],
+    ) -> Result<bool, PublishError> {
+        // The numbers of hard link groups are given anew.
+        Ok(entry.link_group == 0
+            && *there == Entry { rowid: there.rowid, ..entry.clone() }
+            && self.workspace.chunks_of(at, there, path)? == chunks)
+    }
+
     /// Removes what is at `path`; -1 if that was a directory.
-    fn clear(&mut self, at: Index, path: &[u8]) -> Result<i64, PublishError> {
-        match self.workspace.row(at, path)? {
+    fn clear(&mut self, at: Index, path: &[u8], there: Option<Entry>) -> Result<i64, PublishError> {
+        match there {
             Some(entry) if entry.is_directory() => {
                 self.workspace.remove_tree(at, path, &entry)?;
                 Ok(-1)
@@ -272,7 +290,8 @@ impl Apply<'_> {
             self.workspace.split(above, directory)?;
         }
         let at = self.workspace.row_catalog(path)?;
-        let grown = self.clear(at, path)?;
+        let there = self.workspace.row(at, path)?;
+        let grown = self.clear(at, path, there)?;
         self.workspace.insert(at, path, &copy, &chunks)?;
         self.add_subdirectories(parent_of(path), grown)
     }

@@ -220,9 +220,11 @@ impl Balance<'_> {
         let above = self.workspace.row_catalog(path)?;
         let Some(directory) = self.workspace.row(above, path)? else { return Ok(()) };
         let below = self.workspace.split(above, path)?;
-        let (name, stored) = self.encoding.encode(ObjectKind::File, b"");
-        let put = self.signer.storage.put_object(&name, &stored)?;
-        self.signer.counters.count(put, stored.len());
+        let name = self.encoding.encode(ObjectKind::File, b"", |name, stored| {
+            let put = self.signer.storage.put_object(&name, stored)?;
+            self.signer.counters.count(put, stored.len());
+            Ok::<_, PublishError>(name)
+        })?;
         for marker in markers {
             let path = joined(path, marker);
             if self.workspace.row(below, &path)?.is_some() {

@@ -191,14 +191,15 @@ impl<'a> Signer<'a> {
     pub(crate) fn store(&self, kind: ObjectKind, plain: &[u8]) -> Result<ObjectName, PublishError> {
         let encoding =
             Encoding { algorithm: self.algorithm, compression: Compression::Zlib, deflate: self.deflate };
-        let (name, stored) = encoding.encode(kind, plain);
-        let put = self.storage.put_object(&name, &stored)?;
-        self.counters.count(put, stored.len());
-        if self.alternative_paths {
-            // format §1: a link or a copy; a copy works on every storage
-            self.storage.put_file(&name.alternative_path(), &stored)?;
-        }
-        Ok(name)
+        encoding.encode(kind, plain, |name, stored| {
+            let put = self.storage.put_object(&name, stored)?;
+            self.counters.count(put, stored.len());
+            if self.alternative_paths {
+                // format §1: a link or a copy; a copy works on every storage
+                self.storage.put_file(&name.alternative_path(), stored)?;
+            }
+            Ok(name)
+        })
     }
 
     /// Stores a finished database; returns its name and plain size. The file is removed.

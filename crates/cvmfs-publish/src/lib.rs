@@ -43,6 +43,7 @@ mod interrupt;
 pub mod keys;
 pub mod layer_service;
 mod path;
+mod piece;
 mod pipeline;
 mod publisher;
 pub mod replicate;
@@ -64,5 +65,5 @@ pub use interrupt::Interrupt;
 pub use path::RepositoryPath;
 pub use pipeline::Counters;
 pub use publisher::{
-    Clock, CommitReport, DEFAULT_LOCK_WAIT, OpenOptions, Publisher, Transaction, system_clock,
+    Clock, CommitReport, DEFAULT_LOCK_WAIT, OpenOptions, Prepared, Publisher, Transaction, system_clock,
 };

@@ -2,14 +2,13 @@
 //!
 //! The reader of an archive hands over *pieces* (a whole small file, or one chunk of a
 //! large one) and gets a [`Ticket`] for each; worker threads encode, hash and store
-//! them meanwhile; after [`Pipeline::wait`] each ticket has its content hash. The
+//! them meanwhile; after [`Pipeline::wait_for`] each ticket has its content hash. The
 //! pieces that are queued or being worked on never exceed a fixed number of bytes
 //! ([`bytes_in_flight`]), so memory depends neither on file sizes nor on their number.
 //!
 //! A pipeline that is dropped before [`Pipeline::keep`] removes the objects that it made: nothing refers to them, and
 //! repositories without garbage collection would never get rid of them.
 
-use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,6 +18,7 @@ use std::thread::JoinHandle;
 use cvmfs_format::{Compression, ContentHash, Deflate, HashAlgorithm, ObjectKind, ObjectName};
 
 use crate::error::PublishError;
+use crate::piece::{Buffers, Piece};
 use crate::storage::{Content, Put, Storage};
 
 /// How pieces become objects.
@@ -30,13 +30,19 @@ pub(crate) struct Encoding {
 }
 
 impl Encoding {
-    /// The stored form of `plain`, and its name.
-    pub(crate) fn encode(self, kind: ObjectKind, plain: &[u8]) -> (ObjectName, Cow<'_, [u8]>) {
-        let stored = match self.compression {
-            Compression::Zlib => Cow::Owned(self.deflate.compress(plain)),
-            Compression::None => Cow::Borrowed(plain),
-        };
-        (ObjectName::new(ContentHash::of(self.algorithm, &stored), kind), stored)
+    /// Has `consumer` take the stored form of `plain`, with its name.
+    pub(crate) fn encode<R>(
+        self,
+        kind: ObjectKind,
+        plain: &[u8],
+        consumer: impl FnOnce(ObjectName, &[u8]) -> R,
+    ) -> R {
+        let named =
+            |stored: &[u8]| consumer(ObjectName::new(ContentHash::of(self.algorithm, stored), kind), stored);
+        match self.compression {
+            Compression::Zlib => self.deflate.with_compressed(plain, named),
+            Compression::None => named(plain),
+        }
     }
 }
 
@@ -83,6 +89,7 @@ struct Shared {
     work: Condvar,
     /// A job was finished.
     progress: Condvar,
+    buffers: Buffers,
     max_bytes: u64,
 }
 
@@ -92,22 +99,40 @@ struct State {
     bytes_in_flight: u64,
     jobs_in_flight: usize,
     hashes: Vec<Option<ContentHash>>,
+    /// All pieces before this one are stored.
+    stored_below: usize,
+    /// Up to where somebody waits for the pieces.
+    awaited: Option<usize>,
     failure: Option<PublishError>,
     /// What no revision can refer to, as long as nothing is committed.
     made: Vec<ObjectName>,
     closed: bool,
-    /// Workers that wait for a job, and submitters that wait for room: who does not wait need
+    /// Workers that wait for a job, and others that wait for room or for pieces: who does not wait need
     /// not be woken, which would be a system call for each small file.
     idle_workers: usize,
-    waiting_submitters: usize,
+    waiting: usize,
 }
 
 impl State {
-    /// Whether a submitter who waits has so much to do now that waking it is worth while.
-    fn has_room(&self, max_bytes: u64) -> bool {
+    /// Whether somebody who waits has so much to do now that waking it is worth while.
+    fn is_worth_waking(&self, max_bytes: u64) -> bool {
         self.failure.is_some()
-            || self.jobs_in_flight == 0
-            || (self.queue.len() <= MAX_QUEUED / 2 && self.bytes_in_flight <= max_bytes / 2)
+            || match self.awaited {
+                Some(pieces) => self.stored_below >= pieces,
+                None => {
+                    self.jobs_in_flight == 0
+                        || (self.queue.len() <= MAX_QUEUED / 2 && self.bytes_in_flight <= max_bytes / 2)
+                }
+            }
+    }
+
+    fn note(&mut self, ticket: Ticket, hash: ContentHash) {
+        if let Some(slot) = self.hashes.get_mut(ticket.0 as usize) {
+            *slot = Some(hash);
+        }
+        while self.hashes.get(self.stored_below).is_some_and(Option::is_some) {
+            self.stored_below += 1;
+        }
     }
 
     /// The first caller gets the cause, later ones learn that there was one.
@@ -122,7 +147,7 @@ impl State {
 struct Job {
     ticket: Ticket,
     kind: ObjectKind,
-    plain: Vec<u8>,
+    plain: Piece,
     encoding: Encoding,
 }
 
@@ -152,6 +177,7 @@ impl Pipeline {
             state: Mutex::default(),
             work: Condvar::new(),
             progress: Condvar::new(),
+            buffers: Buffers::default(),
             max_bytes: bytes_in_flight(cores.min(MAX_WORKERS), largest).max(least),
         });
         let spawn = |_| {
@@ -161,11 +187,16 @@ impl Pipeline {
         Pipeline { workers: (0..workers).map(spawn).collect(), shared }
     }
 
+    /// An empty piece with room for `capacity` bytes.
+    pub(crate) fn piece(&self, capacity: usize) -> Piece {
+        self.shared.buffers.piece(capacity)
+    }
+
     /// Hands over a piece; waits while too much is in flight. Returns the first failure of any worker.
     pub(crate) fn submit(
         &self,
         kind: ObjectKind,
-        plain: Vec<u8>,
+        plain: Piece,
         encoding: Encoding,
     ) -> Result<Ticket, PublishError> {
         let size = plain.len() as u64;
@@ -192,12 +223,24 @@ impl Pipeline {
         Ok(ticket)
     }
 
+    /// Pieces handed over so far.
+    pub(crate) fn submitted(&self) -> usize {
+        self.shared.lock().hashes.len()
+    }
+
     /// Waits until everything handed over so far is stored.
     pub(crate) fn wait(&self) -> Result<(), PublishError> {
+        self.wait_for(self.submitted())
+    }
+
+    /// Waits until the first so many pieces are stored.
+    pub(crate) fn wait_for(&self, pieces: usize) -> Result<(), PublishError> {
         let mut state = self.shared.lock();
-        while state.failure.is_none() && state.jobs_in_flight > 0 {
+        while state.failure.is_none() && state.stored_below < pieces {
+            state.awaited = Some(pieces);
             state = self.shared.wait_for_progress(state);
         }
+        state.awaited = None;
         state.check()
     }
 
@@ -206,7 +249,7 @@ impl Pipeline {
         self.shared.lock().made = Vec::new();
     }
 
-    /// The hash of a stored piece. Call [`Pipeline::wait`] first.
+    /// The hash of a stored piece. Call [`Pipeline::wait_for`] first.
     pub(crate) fn hash(&self, ticket: Ticket) -> ContentHash {
         let state = self.shared.lock();
         state.hashes.get(ticket.0 as usize).copied().flatten().expect("asked for after a successful wait")
@@ -252,17 +295,13 @@ impl Shared {
                 .unwrap_or_else(|_| Err(PublishError::damaged("worker", "stopped by a defect, see the log")));
             let mut state = self.lock();
             match outcome {
-                Ok(hash) => {
-                    if let Some(slot) = state.hashes.get_mut(ticket.0 as usize) {
-                        *slot = Some(hash);
-                    }
-                }
+                Ok(hash) => state.note(ticket, hash),
                 Err(error) if state.failure.is_none() => state.failure = Some(error),
                 Err(_) => {}
             }
             state.bytes_in_flight -= size;
             state.jobs_in_flight -= 1;
-            let wake = state.waiting_submitters > 0 && state.has_room(self.max_bytes);
+            let wake = state.waiting > 0 && state.is_worth_waking(self.max_bytes);
             drop(state);
             if wake {
                 self.progress.notify_all();
@@ -286,32 +325,45 @@ impl Shared {
     }
 
     fn wait_for_progress<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        state.waiting_submitters += 1;
+        state.waiting += 1;
         state = self.progress.wait(state).unwrap_or_else(PoisonError::into_inner);
-        state.waiting_submitters -= 1;
+        state.waiting -= 1;
         state
     }
 
     fn store(&self, job: Job) -> Result<ContentHash, PublishError> {
+        let Job { kind, plain, encoding, .. } = job;
+        let outcome = self.store_bytes(kind, plain.bytes(), encoding);
+        self.buffers.give_back(plain);
+        outcome
+    }
+
+    fn store_bytes(
+        &self,
+        kind: ObjectKind,
+        plain: &[u8],
+        encoding: Encoding,
+    ) -> Result<ContentHash, PublishError> {
         // Without compression the name is as quickly found out as whether it is known.
-        let known = self.storage.known().filter(|_| job.encoding.compression != Compression::None);
-        let known = known.map(|known| (known, Content::of(job.kind, job.encoding, &job.plain)));
+        let known = self.storage.known().filter(|_| encoding.compression != Compression::None);
+        let known = known.map(|known| (known, Content::of(kind, encoding, plain)));
         if let Some((known, content)) = &known
-            && let Some((name, size)) = known.find(content, job.kind, job.encoding.algorithm)
+            && let Some((name, size)) = known.find(content, kind, encoding.algorithm)
             && self.storage.object_size(&name)? == Some(size)
         {
             return Ok(name.hash);
         }
-        let (name, stored) = job.encoding.encode(job.kind, &job.plain);
-        let put = self.storage.put_object(&name, &stored)?;
-        if let Some((known, content)) = &known {
-            known.remember(content, &name, stored.len() as u64);
-        }
-        self.counters.count(put, stored.len());
-        if put == Put::New && self.storage.is_sure_of_new_objects() {
-            self.lock().made.push(name);
-        }
-        Ok(name.hash)
+        encoding.encode(kind, plain, |name, stored| {
+            let put = self.storage.put_object(&name, stored)?;
+            if let Some((known, content)) = &known {
+                known.remember(content, &name, stored.len() as u64);
+            }
+            self.counters.count(put, stored.len());
+            if put == Put::New && self.storage.is_sure_of_new_objects() {
+                self.lock().made.push(name);
+            }
+            Ok(name.hash)
+        })
     }
 }
 
@@ -330,7 +382,9 @@ mod tests {
         let counters = Arc::new(Counters::default());
         let pipeline = Pipeline::start(storage.clone(), counters.clone(), 1 << 20);
         let tickets: Vec<_> = (0..2000u32)
-            .map(|n| pipeline.submit(ObjectKind::File, (n % 500).to_le_bytes().to_vec(), ENCODING).unwrap())
+            .map(|n| {
+                pipeline.submit(ObjectKind::File, (n % 500).to_le_bytes().to_vec().into(), ENCODING).unwrap()
+            })
             .collect();
         pipeline.wait().unwrap();
         for (n, ticket) in tickets.iter().enumerate() {
@@ -350,7 +404,7 @@ mod tests {
         std::fs::remove_dir(dir.path().join("data/txn")).unwrap();
         std::fs::write(dir.path().join("data/txn"), b"").unwrap();
         let pipeline = Pipeline::start(storage, Arc::default(), 1 << 20);
-        let submitted = pipeline.submit(ObjectKind::File, b"x".to_vec(), ENCODING);
+        let submitted = pipeline.submit(ObjectKind::File, b"x".to_vec().into(), ENCODING);
         let outcome = submitted.and_then(|_| pipeline.wait());
         assert!(matches!(outcome, Err(PublishError::Storage(_))), "{outcome:?}");
         assert!(pipeline.wait().is_err(), "the failure was forgotten");
@@ -363,7 +417,7 @@ mod tests {
         let pipeline = Pipeline::start(storage, Arc::default(), 1);
         let big = bytes_in_flight(MAX_WORKERS, 1) as usize;
         let none = Encoding { compression: Compression::None, ..ENCODING };
-        pipeline.submit(ObjectKind::Chunk, vec![0; big.min(300 << 20) + 1], none).unwrap();
+        pipeline.submit(ObjectKind::Chunk, vec![0; big.min(300 << 20) + 1].into(), none).unwrap();
         pipeline.wait().unwrap();
     }
 }

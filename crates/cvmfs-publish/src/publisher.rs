@@ -22,10 +22,10 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use cvmfs_format::ContentHash;
 use cvmfs_format::catalog::EntryKind;
 use cvmfs_format::signature::MasterKeys;
-use layer_tar::LayerPath;
+use cvmfs_format::{ContentHash, HashAlgorithm};
+use layer_tar::{LayerPath, Timestamp};
 
 use crate::apply::Apply;
 use crate::balance::{Balance, CatalogLimits, dirtab_entry, divide_tree};
@@ -262,7 +262,22 @@ impl Transaction<'_> {
         reader: impl Read + Send,
         options: &IngestOptions,
     ) -> Result<IngestReport, PublishError> {
-        self.ingest(base, options, |existing, tree, sink| read_tar(reader, existing, tree, sink))
+        let prepared = self.read_tar(base, reader, options)?;
+        self.apply(prepared)
+    }
+
+    /// The first half of [`Transaction::ingest_tar`]: reads the archive, whose contents are on their way into the
+    /// storage then. Whoever has several archives reads the next one before applying the one before, so that the
+    /// processors never wait for the last contents of an archive. What lies below the base must not change in between.
+    ///
+    /// After an error the transaction is as it was before.
+    pub fn read_tar(
+        &mut self,
+        base: &[u8],
+        reader: impl Read + Send,
+        options: &IngestOptions,
+    ) -> Result<Prepared, PublishError> {
+        self.read(base, options, |existing, tree, sink| read_tar(reader, existing, tree, sink))
     }
 
     /// Ingests the content of a local directory below `base`, merging it with what is there.
@@ -272,7 +287,8 @@ impl Transaction<'_> {
         directory: &Path,
         options: &IngestOptions,
     ) -> Result<IngestReport, PublishError> {
-        self.ingest(base, options, |_, tree, sink| read_directory(directory, tree, sink))
+        let prepared = self.read(base, options, |_, tree, sink| read_directory(directory, tree, sink))?;
+        self.apply(prepared)
     }
 
     /// Makes at `base` the tree that overlayfs shows for `layers`, directories of this repository, the lowest first;
@@ -381,12 +397,12 @@ impl Transaction<'_> {
         })
     }
 
-    fn ingest(
+    fn read(
         &mut self,
         base: &[u8],
         options: &IngestOptions,
         read: impl FnOnce(&mut Lookup<'_>, &mut LayerTree, &mut Sink<'_>) -> Result<(), PublishError>,
-    ) -> Result<IngestReport, PublishError> {
+    ) -> Result<Prepared, PublishError> {
         let base = RepositoryPath::parse(base)?;
         if options.catalog && base.is_root() {
             let reason = "the repository's root is a catalog already: --catalog needs a --base below it";
@@ -426,24 +442,46 @@ impl Transaction<'_> {
             |path| Ok(self.workspace.lookup(&joined(base.as_bytes(), path.as_bytes()))?.is_some()),
         )?;
         let report = sink.report;
-        self.pipeline.wait()?;
+        let nanoseconds = match self.publisher.options.nanoseconds {
+            Some(wanted) if !settings.is_recorded => wanted,
+            _ => settings.nanoseconds,
+        };
+        let pieces = self.pipeline.submitted();
+        Ok(Prepared { base, tree, pieces, algorithm: encoding.algorithm, nanoseconds, now, report })
+    }
+
+    /// The second half of [`Transaction::ingest_tar`]: puts into the catalogs what was read.
+    pub fn apply(&mut self, prepared: Prepared) -> Result<IngestReport, PublishError> {
+        let Prepared { base, tree, pieces, algorithm, nanoseconds, now, report } = prepared;
+        self.pipeline.wait_for(pieces)?;
         self.publisher.options.interrupt.check()?;
         tracing::debug!(base = %shown(base.as_bytes()), entries = report.entries, "archive read, applying it");
         let was_unfinished = std::mem::replace(&mut self.unfinished, true);
-        let apply = Apply {
-            workspace: &mut self.workspace,
-            pipeline: &self.pipeline,
-            tree: &tree,
-            algorithm: encoding.algorithm,
-            nanoseconds: match self.publisher.options.nanoseconds {
-                Some(wanted) if !settings.is_recorded => wanted,
-                _ => settings.nanoseconds,
-            },
-            now,
-        };
-        apply.at(&base)?;
+        let (workspace, pipeline) = (&mut self.workspace, &self.pipeline);
+        Apply { workspace, pipeline, tree: &tree, algorithm, nanoseconds, now }.at(&base)?;
         self.unfinished = was_unfinished;
         Ok(report)
+    }
+}
+
+/// An archive that was read ([`Transaction::read_tar`]) and is not yet in the catalogs.
+#[derive(Debug)]
+#[must_use = "what is not applied is not published"]
+pub struct Prepared {
+    base: RepositoryPath,
+    tree: LayerTree,
+    /// Pieces handed to the pipeline up to its end.
+    pieces: usize,
+    algorithm: HashAlgorithm,
+    nanoseconds: bool,
+    now: Timestamp,
+    report: IngestReport,
+}
+
+impl Prepared {
+    /// What was read.
+    pub fn report(&self) -> &IngestReport {
+        &self.report
     }
 }
 
@@ -459,7 +497,7 @@ fn existing_at(workspace: &mut Workspace, path: &[u8]) -> Result<Existing, Publi
     })
 }
 
-fn marker_meta(options: &IngestOptions, now: layer_tar::Timestamp) -> Meta {
+fn marker_meta(options: &IngestOptions, now: Timestamp) -> Meta {
     let (uid, gid) = match options.owner {
         Owner::Keep => (0, 0),
         Owner::Fixed(uid, gid) => (uid, gid),

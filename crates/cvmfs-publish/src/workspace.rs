@@ -436,8 +436,12 @@ impl Workspace {
         change: &dyn Fn(&mut Entry),
     ) -> Result<(), PublishError> {
         let missing = || PublishError::damaged(shown(path), "has no row in its catalog");
-        let mut entry = self.row(at, path)?.ok_or_else(missing)?;
+        let before = self.row(at, path)?.ok_or_else(missing)?;
+        let mut entry = before.clone();
         change(&mut entry);
+        if entry == before {
+            return Ok(());
+        }
         self.change(at).writer.replace(&entry).map_err(in_catalog(path))
     }
 

@@ -9,6 +9,7 @@ use layer_tar::{LayerPath, TarError};
 
 use super::Sink;
 use crate::error::PublishError;
+use crate::piece::Piece;
 use crate::tree::{FileContent, Pieces};
 
 /// Read in steps of this size, so that an interrupt is noticed and the detector runs over data still in the
@@ -26,7 +27,7 @@ impl Sink<'_> {
         let mut detector =
             ChunkDetector::new(self.chunk_sizes).map_err(|error| PublishError::Usage(error.to_string()))?;
         let cutting = detector.applies_to(size);
-        let mut piece = Vec::with_capacity(self.capacity(size));
+        let mut piece = self.piece(size);
         // bytes of `piece` that the detector has seen
         let mut examined = 0;
         let mut offset = 0;
@@ -34,18 +35,18 @@ impl Sink<'_> {
         let mut chunks = Vec::new();
         while remaining > 0 {
             self.interrupt.check()?;
-            let step = remaining.min(STEP as u64);
-            let read = reader.by_ref().take(step).read_to_end(&mut piece).map_err(read_failure)? as u64;
+            let step = usize::try_from(remaining).unwrap_or(STEP).min(STEP);
+            let read = piece.read_from(reader, step).map_err(read_failure)?;
             if read < step {
                 return Err(PublishError::entry(path.as_bytes(), "became shorter while it was read"));
             }
+            let read = read as u64;
             remaining -= read;
             self.report.bytes_in += read;
             self.counters.bytes_in.fetch_add(read, Ordering::Relaxed);
-            while let Some(cut) = cutting.then(|| detector.next_cut(&piece[examined..])).flatten() {
-                let mut next = Vec::with_capacity(self.capacity(remaining));
-                next.extend_from_slice(&piece[examined + cut..]);
-                piece.truncate(examined + cut);
+            while let Some(cut) = cutting.then(|| detector.next_cut(&piece.bytes()[examined..])).flatten() {
+                let mut next = self.piece(remaining);
+                piece.cut(examined + cut, &mut next);
                 let chunk = std::mem::replace(&mut piece, next);
                 examined = 0;
                 let length = chunk.len() as u64;
@@ -73,8 +74,8 @@ impl Sink<'_> {
     }
 
     /// Room for what is left of a file, at most a chunk of mean size: larger ones are rare enough to grow.
-    fn capacity(&self, left: u64) -> usize {
-        usize::try_from(left.min(self.chunk_sizes.avg)).unwrap_or(STEP)
+    fn piece(&self, left: u64) -> Piece {
+        self.pipeline.piece(usize::try_from(left.min(self.chunk_sizes.avg)).unwrap_or(STEP))
     }
 }
 

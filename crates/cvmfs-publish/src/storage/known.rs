@@ -2,7 +2,7 @@
 //!
 //! An object is named by its stored bytes, so whether a content is there can only be told by compressing it, which
 //! takes most of the time of a publish. This table, a file in the scratch area of a storage directory, remembers for
-//! each content that was stored lately the object that it became, under its SHA-256 and all that its stored form
+//! each content that was stored lately the object that it became, under its BLAKE3 hash and all that its stored form
 //! depends on. It is a hint: whoever uses it looks whether the object is there with its size, which is what storing
 //! it again would do as well. A record that is damaged or torn is not found, a lost file only costs time.
 //!
@@ -19,7 +19,6 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cvmfs_format::{Compression, ContentHash, Deflate, HashAlgorithm, ObjectKind, ObjectName};
-use sha2::{Digest, Sha256};
 
 use crate::pipeline::Encoding;
 
@@ -30,7 +29,7 @@ const RECORD: usize = 64;
 const KEY: usize = 24;
 const DIGEST: usize = 20;
 /// Begins the file, and changes with its layout.
-const MAGIC: &[u8; 8] = b"known 2\n";
+const MAGIC: &[u8; 8] = b"known 3\n";
 /// Magic, place of the next record, number of records in use.
 const HEADER: usize = 8 + 4 + 4;
 const MARKS_AT: u64 = 4096;
@@ -56,8 +55,8 @@ impl Content {
             (Compression::Zlib, Deflate::Stock) => 2,
             (Compression::Zlib, Deflate::Fast) => 3,
         };
-        let mut hasher = Sha256::new();
-        hasher.update([algorithm, compression, u8::from(kind == ObjectKind::Chunk)]);
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&[algorithm, compression, u8::from(kind == ObjectKind::Chunk)]);
         hasher.update(plain);
         Content(hasher.finalize().into())
     }
@@ -252,7 +251,7 @@ impl Hasher for MarkHasher {
 /// The record with these fields.
 fn seal(fields: &[u8]) -> [u8; RECORD] {
     let mut record = [0; RECORD];
-    let checksum = Sha256::digest(fields);
+    let checksum = *blake3::hash(fields).as_bytes();
     let bytes = fields.iter().chain(checksum.iter().take(4));
     record.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
     record

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::io::{self, Read};
 
-use cvmfs_publish::{IngestOptions, PublishError, Publisher, Transaction};
+use cvmfs_publish::{IngestOptions, Prepared, PublishError, Publisher, Transaction};
 
 use super::layout::Layout;
 use super::members::Members;
@@ -36,8 +36,11 @@ pub(super) fn image(
         ingest.layer(&mut layer)?;
         sizes.extend(layer.plain_bytes.map(|bytes| (layer.wanted.path.clone(), bytes)));
     }
+    ingest.settle()?;
     if plan.layout == Layout::Unpacked {
-        Unpacked::new(published()?).write(plan, &mut ingest, &sizes)?;
+        let mut unpacked = Unpacked::new(published()?)?;
+        unpacked.write(plan, &mut ingest, &sizes)?;
+        unpacked.finish(&mut ingest)?;
     }
     ingest.commit()
 }
@@ -52,6 +55,15 @@ pub(crate) struct Ingest<'a> {
     added: HashSet<String>,
     /// Whether it changed anything else.
     is_changed: bool,
+    /// The layer that was read last: it goes into the catalogs when the next one was read.
+    waiting: Option<Waiting>,
+}
+
+/// A layer that was read and is right.
+struct Waiting {
+    path: String,
+    digest: String,
+    prepared: Prepared,
 }
 
 impl<'a> Ingest<'a> {
@@ -63,14 +75,18 @@ impl<'a> Ingest<'a> {
             revision,
             added: HashSet::new(),
             is_changed: false,
+            waiting: None,
         })
     }
 
     /// Ingests a layer unless it is there: another conversion may have published it since
-    /// we looked. Returns whether it was new.
+    /// we looked. Returns whether it was new. A failure may also be that of the layer
+    /// before; [`Ingest::settle`] tells whether there is none.
     pub(crate) fn layer(&mut self, layer: &mut SpooledLayer) -> Result<bool, ConvertError> {
         let path = layer.wanted.path.clone();
-        if self.transaction.exists(path.as_bytes())? {
+        if self.waiting.as_ref().is_some_and(|waiting| waiting.path == path)
+            || self.transaction.exists(path.as_bytes())?
+        {
             return Ok(false);
         }
         let digest = layer.wanted.blob.digest.to_string();
@@ -78,23 +94,36 @@ impl<'a> Ingest<'a> {
         let stream = layer.open().map_err(|cause| failed(&digest, PublishError::Input(cause)))?;
         let mut stream = Metered { stream, meter: &meter };
         let options = IngestOptions::of_layer();
-        let ingested = self.transaction.ingest_tar(path.as_bytes(), &mut stream, &options);
-        let report = ingested.map_err(|cause| failed(&digest, cause))?;
-        self.added.insert(path);
+        let read = self.transaction.read_tar(path.as_bytes(), &mut stream, &options);
+        let prepared = read.map_err(|cause| failed(&digest, cause))?;
         // What the archive's reader left, so that the diff id is checked in any case.
         let rest = io::copy(&mut stream, &mut io::sink());
         rest.map_err(|cause| failed(&digest, PublishError::Input(cause)))?;
         layer.plain_bytes = Some(stream.stream.plain_bytes());
-        for warning in &report.warnings {
+        for warning in &prepared.report().warnings {
             tracing::warn!(layer = digest, "{warning}");
         }
         meter.finish();
+        self.settle()?;
+        self.waiting = Some(Waiting { path, digest, prepared });
         Ok(true)
+    }
+
+    /// Puts the last layer into the catalogs.
+    pub(crate) fn settle(&mut self) -> Result<(), ConvertError> {
+        if let Some(Waiting { path, digest, prepared }) = self.waiting.take() {
+            self.transaction.apply(prepared).map_err(|cause| failed(&digest, cause))?;
+            self.added.insert(path);
+        }
+        Ok(())
     }
 
     /// Removes a directory, whether it is of this transaction or was there before. Returns
     /// whether it was there.
     pub(crate) fn remove(&mut self, path: &str) -> Result<bool, ConvertError> {
+        if self.waiting.take_if(|waiting| waiting.path == path).is_some() {
+            return Ok(true);
+        }
         let is_there = self.transaction.exists(path.as_bytes())?;
         if is_there {
             self.transaction.delete(path.as_bytes())?;
@@ -138,7 +167,8 @@ impl<'a> Ingest<'a> {
     }
 
     /// Publishes, unless nothing changed.
-    pub(crate) fn commit(self) -> Result<Stored, ConvertError> {
+    pub(crate) fn commit(mut self) -> Result<Stored, ConvertError> {
+        self.settle()?;
         if self.added.is_empty() && !self.is_changed {
             return Ok(self.unchanged());
         }

@@ -6,6 +6,7 @@ mod layout;
 mod members;
 mod output;
 mod plan;
+mod podman;
 mod report;
 mod resolve;
 mod unpacked;
@@ -23,6 +24,7 @@ pub use resolve::PlatformChoice;
 
 pub(crate) use ingest::{Ingest, Stored};
 pub(crate) use plan::{Plan, PlannedLayer};
+pub(crate) use podman::PodmanStore;
 pub(crate) use resolve::{Resolved, resolve};
 pub(crate) use unpacked::Unpacked;
 

@@ -43,6 +43,8 @@ impl fmt::Display for PlatformChoice {
 pub(crate) struct SourceImage {
     pub(crate) image: Image,
     pub(crate) config: ImageConfig,
+    /// The configuration as it came.
+    pub(crate) config_bytes: Vec<u8>,
 }
 
 impl SourceImage {
@@ -86,7 +88,7 @@ pub(crate) fn resolve(source: &Source, choice: &PlatformChoice) -> Result<Resolv
     let ImageSet { digest, is_index, images } = set;
     let mut resolved = Resolved { source: source.clone(), digest, top_digest, is_index, images: Vec::new() };
     for image in images {
-        let (_, config) = source.config(&image.manifest)?;
+        let (config_bytes, config) = source.config(&image.manifest)?;
         let found = &config.platform;
         if let PlatformChoice::One(wanted) = choice
             && !found.architecture.is_empty()
@@ -106,7 +108,7 @@ pub(crate) fn resolve(source: &Source, choice: &PlatformChoice) -> Result<Resolv
             ));
         }
         if found.os.is_empty() || found.os == "linux" {
-            resolved.images.push(SourceImage { image, config });
+            resolved.images.push(SourceImage { image, config, config_bytes });
         } else if is_index {
             tracing::info!(image = %source.name(), platform = %found, "left out: it is not for Linux");
         }

@@ -6,6 +6,7 @@
 //! .flat/XX/CONFIG/                              all layers of an image in one tree
 //! REGISTRY/REPOSITORY:TAG                       symbolic link to it
 //! .metadata/REGISTRY/REPOSITORY:TAG/manifest.json
+//! podmanStore/                                  the same for podman (`podman`)
 //! ```
 //!
 //! A flat tree is made from the layers' catalogs: nothing is copied. Chains, which DUCC
@@ -15,12 +16,13 @@ use std::collections::HashMap;
 
 use registry::{Platform, Reference};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::apptainer;
 use super::ingest::Ingest;
 use super::members::{Member, Members};
 use super::plan::{Plan, PlannedImage, PlannedLayer};
+use super::podman::{self, PodmanStore};
 use crate::failure::ConvertError;
 use crate::published::Published;
 
@@ -28,6 +30,8 @@ use crate::published::Published;
 const CATALOG: &str = ".cvmfscatalog";
 /// Largest accepted list of images that have a layer.
 const MAX_ORIGIN_BYTES: u64 = 16 << 20;
+/// Largest accepted description of a layer.
+const MAX_DESCRIPTION_BYTES: u64 = 1 << 20;
 
 /// What one transaction writes of this layout.
 pub(crate) struct Unpacked {
@@ -36,6 +40,7 @@ pub(crate) struct Unpacked {
     /// Back references that this transaction has written already, by their path.
     /// `None` for one that is not to be touched.
     origins: HashMap<String, Option<Origin>>,
+    podman: Option<PodmanStore>,
 }
 
 /// The images that a layer belongs to, by the digests of their configurations.
@@ -47,8 +52,9 @@ struct Origin {
 
 impl Unpacked {
     /// For a transaction that began with the revision `published`.
-    pub(crate) fn new(published: Published) -> Self {
-        Self { published, origins: HashMap::new() }
+    pub(crate) fn new(mut published: Published) -> Result<Self, ConvertError> {
+        let podman = PodmanStore::read(&mut published)?;
+        Ok(Self { published, origins: HashMap::new(), podman })
     }
 
     /// Writes what belongs to an image whose layers are in the transaction or were there
@@ -73,8 +79,39 @@ impl Unpacked {
                 Member::File(image.image.image.manifest_bytes.clone()),
             );
             members.add(&name, Member::Link(link_target(&name, image)));
+            podman::files(image, &mut members);
+            ingest.members("", &members)?;
+            let sizes = image.layers.iter().map(|layer| self.plain_bytes(layer, sizes));
+            let sizes = sizes.collect::<Result<Vec<_>, _>>()?;
+            if let Some(podman) = &mut self.podman {
+                podman.add(image, &name, &sizes);
+            }
+            return Ok(());
         }
         ingest.members("", &members)
+    }
+
+    /// Uncompressed bytes of a layer: of this transaction, or as a revision describes it.
+    fn plain_bytes(
+        &mut self,
+        layer: &PlannedLayer,
+        sizes: &HashMap<String, u64>,
+    ) -> Result<Option<u64>, ConvertError> {
+        if let Some(size) = sizes.get(&layer.path()) {
+            return Ok(Some(*size));
+        }
+        let described = format!("/{}/layers.json", metadata(layer));
+        let bytes = self.published.file(&described, MAX_DESCRIPTION_BYTES)?;
+        let described: Option<Value> = bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        Ok(described.and_then(|described| described.get(0)?.get("diff-size")?.as_u64()))
+    }
+
+    /// Writes what all images share, after the last of them.
+    pub(crate) fn finish(&self, ingest: &mut Ingest<'_>) -> Result<(), ConvertError> {
+        match &self.podman {
+            Some(podman) => podman.write(ingest),
+            None => Ok(()),
+        }
     }
 
     fn describe_layer(
@@ -89,10 +126,10 @@ impl Unpacked {
         let shard = hex.get(..2).unwrap_or_default();
         add_catalog(".layers", ingest, members)?;
         add_catalog(&format!(".layers/{shard}"), ingest, members)?;
-        let metadata = format!(".layers/{shard}/{hex}/.metadata");
+        let metadata = metadata(layer);
         let described = format!("{metadata}/layers.json");
         if !ingest.exists(&format!("/{described}"))? {
-            // Unknown sizes are -1 for podman.
+            // As DUCC has it where it does not know.
             let size = sizes.get(&layer.path()).and_then(|size| i64::try_from(*size).ok()).unwrap_or(-1);
             let document = json!([{
                 "id": layer.diff_id.hex(),
@@ -142,6 +179,9 @@ pub(super) fn is_current(plan: &Plan, published: &mut Published) -> Result<bool,
         }
     }
     let (Some(name), Some(image)) = (name(plan), representative(plan)) else { return Ok(true) };
+    if !podman::has_image(image, published)? {
+        return Ok(false);
+    }
     let manifest = &image.image.image.manifest_bytes;
     let written = published.file(&format!("/.metadata/{name}/manifest.json"), manifest.len() as u64)?;
     Ok(written.as_ref() == Some(manifest)
@@ -188,6 +228,12 @@ fn add_catalog(directory: &str, ingest: &mut Ingest<'_>, members: &mut Members) 
         members.add(&path, Member::File(Vec::new()));
     }
     Ok(())
+}
+
+/// The directory that says what a layer is, from the repository's root.
+fn metadata(layer: &PlannedLayer) -> String {
+    let hex = layer.blob.digest.hex();
+    format!(".layers/{}/{hex}/.metadata", hex.get(..2).unwrap_or_default())
 }
 
 fn flat_path(image: &PlannedImage) -> String {

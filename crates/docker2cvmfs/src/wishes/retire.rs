@@ -9,7 +9,7 @@ use super::expand::Expanded;
 use super::records::RetiredRecord;
 use super::report::{ImageState, RoundReport};
 use super::round::Round;
-use crate::convert::Ingest;
+use crate::convert::{Ingest, PodmanStore};
 use crate::failure::ConvertError;
 
 /// Retires images that nobody wishes for, removes layers whose grace is over, and
@@ -102,6 +102,13 @@ fn remove(
     for path in others {
         ingest.remove(path)?;
     }
+    let ids: HashSet<String> = others.iter().filter_map(|path| unpacked_image(path)).collect();
+    if !ids.is_empty()
+        && let Some(mut podman) = PodmanStore::read(&mut round.published()?)?
+    {
+        podman.remove(&ids, &mut ingest)?;
+        podman.write(&mut ingest)?;
+    }
     for path in layers {
         if ingest.remove(whole_layer(path))? {
             report.layers_removed += 1;
@@ -112,6 +119,12 @@ fn remove(
         report.objects_collected = publisher.collect(&CollectOptions::default())?.objects_removed;
     }
     Ok(())
+}
+
+/// The id of the image that a flat tree is of.
+fn unpacked_image(path: &str) -> Option<String> {
+    let (_, id) = path.strip_prefix("/.flat/")?.split_once('/')?;
+    Some(id.to_owned())
 }
 
 /// The directory of a layer with its metadata.

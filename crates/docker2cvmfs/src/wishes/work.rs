@@ -209,7 +209,7 @@ impl<'a> Workshop<'a> {
             if result.is_ok() && image.work.plan.layout == Layout::Unpacked {
                 if unpacked.is_none() {
                     // What the repository has now, under the lock.
-                    unpacked = Some(Unpacked::new(self.round.published()?));
+                    unpacked = Some(Unpacked::new(self.round.published()?)?);
                 }
                 if let Some(unpacked) = &mut unpacked {
                     result = unpacked.write(&image.work.plan, &mut ingest, &sizes_of(&image.layers));
@@ -226,6 +226,9 @@ impl<'a> Workshop<'a> {
                     }
                 }
             }
+        }
+        if let Some(unpacked) = &unpacked {
+            unpacked.finish(&mut ingest)?;
         }
         // Nobody gains a revision without an image.
         let stored = if good.is_empty() { ingest.unchanged() } else { ingest.commit()? };
@@ -301,22 +304,28 @@ fn sizes_of(layers: &[SharedLayer]) -> HashMap<String, u64> {
 /// All layers of an image, or none of those that it brought.
 fn ingest_image(ingest: &mut Ingest<'_>, layers: &[SharedLayer]) -> Result<(), ConvertError> {
     let mut brought = Vec::new();
-    for layer in layers {
-        let mut layer = lock(layer);
-        match ingest.layer(&mut layer) {
-            Ok(true) => brought.push(layer.wanted.path.clone()),
-            Ok(false) => {}
-            // Then all of the transaction goes.
-            Err(error) if !ingest.is_sound() => return Err(error),
-            Err(error) => {
-                for path in brought.iter().chain([&layer.wanted.path]) {
-                    ingest.remove(path)?;
-                }
-                return Err(error);
-            }
+    let result = bring_layers(ingest, layers, &mut brought);
+    // If it is not sound, all of the transaction goes.
+    if result.is_err() && ingest.is_sound() {
+        for path in &brought {
+            ingest.remove(path)?;
         }
     }
-    Ok(())
+    result
+}
+
+fn bring_layers(
+    ingest: &mut Ingest<'_>,
+    layers: &[SharedLayer],
+    brought: &mut Vec<String>,
+) -> Result<(), ConvertError> {
+    for layer in layers {
+        let mut layer = lock(layer);
+        if ingest.layer(&mut layer)? {
+            brought.push(layer.wanted.path.clone());
+        }
+    }
+    ingest.settle()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
