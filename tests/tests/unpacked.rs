@@ -238,6 +238,13 @@ fn an_image_lies_where_snapshotter_and_apptainer_look() {
     assert!(std::fs::read_link(mount.path().join(registry.reference("team/app", "2"))).unwrap() == link);
     let origin = format!("{}/.metadata/origin.json", place(".layers", &image.layers[0].digest()));
     assert_eq!(json(&origin)["origin"].as_array().unwrap().len(), 2);
+    // A layer that is there unpacks to what it unpacks to, whatever another image says.
+    let mut lying = image.clone();
+    lying.layers[0].tar = TarBuilder::new().file("other", 0o644, b"").finish();
+    registry.push("team/lying", "1", &lying).unwrap();
+    let error =
+        repository.convert(&registry.reference("team/lying", "1"), &["--layout", "unpacked"]).unwrap_err();
+    assert!(format!("{error:#}").contains("but that unpacks to"), "{error:#}");
     let images = json("podmanStore/overlay-images/images.json");
     let named = images.as_array().unwrap().iter().find(|image| image["id"] == hex(&id)).unwrap();
     assert_eq!(named["names"], serde_json::json!([reference, registry.reference("team/app", "2")]));
@@ -374,7 +381,8 @@ fn podman_finds_the_images_and_stacks_their_layers() {
             .file("dir/stays", 0o644, b"")
             .file("replaced/old", 0o644, b"old")
             .finish();
-        Image::new([below, shared.clone(), layer("top", base)])
+        // A layer that is there twice is stacked once.
+        Image::new([below, shared.clone(), shared.clone(), layer("top", base)])
     };
     // The same layer on two others.
     registry.push("team/one", "1", &image(b"one")).unwrap();

@@ -52,8 +52,9 @@ const WITH_ENGINES: [&str; 9] = [
     "survive_restarts",
 ];
 
-/// Tests that mount need root, and the stories start engines: so many at a time, on any machine.
-const THREADS: (&str, &str) = ("RUST_TEST_THREADS", "2");
+/// Tests that mount need root, and the stories start engines: so many at a time, on any machine. Half of the time they
+/// wait, for time-outs above all, so two processors have enough to do with three.
+const THREADS: (&str, &str) = ("RUST_TEST_THREADS", "3");
 
 /// Packages whose very unit tests mount or start engines, and thus need root.
 const NEED_ROOT: [&str; 2] = ["testkit", "overlay"];

@@ -71,12 +71,11 @@ pub(crate) struct Buffers(Mutex<Vec<Vec<u8>>>);
 impl Buffers {
     /// An empty piece with room for `capacity` bytes; it grows if there are more.
     pub(crate) fn piece(&self, capacity: usize) -> Piece {
-        let mut buffer = if capacity >= LARGE { self.lock().pop().unwrap_or_default() } else { Vec::new() };
-        if buffer.is_empty() {
-            // The system gives large ones cleared.
-            buffer = vec![0; capacity];
-        }
-        Piece { buffer, length: 0 }
+        // A much larger one would make queued pieces take more memory than is counted for them.
+        let suits = |buffer: &mut Vec<u8>| capacity >= LARGE && buffer.len() / 2 <= capacity;
+        let waiting = self.lock().pop_if(suits);
+        // The system gives large ones cleared.
+        Piece { buffer: waiting.unwrap_or_else(|| vec![0; capacity]), length: 0 }
     }
 
     /// Takes back what is stored.

@@ -18,7 +18,7 @@
 
 use std::io::Read;
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -180,8 +180,18 @@ impl Publisher {
         let old_dirtab = dirtab_entry(&mut workspace)?.and_then(|entry| entry.hash);
         let counters = self.options.counters.clone();
         let pipeline = Pipeline::start(self.storage.clone(), counters, self.settings.chunks.max);
+        static TRANSACTIONS: AtomicU64 = AtomicU64::new(0);
+        let number = TRANSACTIONS.fetch_add(1, Ordering::Relaxed);
         let started = Instant::now();
-        Ok(Transaction { publisher: self, workspace, pipeline, started, old_dirtab, unfinished: false })
+        Ok(Transaction {
+            number,
+            publisher: self,
+            workspace,
+            pipeline,
+            started,
+            old_dirtab,
+            unfinished: false,
+        })
     }
 
     fn encoding(&self, options: &IngestOptions) -> Encoding {
@@ -242,6 +252,8 @@ pub struct CommitReport {
 /// Changes that become one revision, or nothing.
 #[derive(Debug)]
 pub struct Transaction<'p> {
+    /// What was read in one cannot be applied to another.
+    number: u64,
     publisher: &'p mut Publisher,
     workspace: Workspace,
     pipeline: Pipeline,
@@ -447,12 +459,27 @@ impl Transaction<'_> {
             _ => settings.nanoseconds,
         };
         let pieces = self.pipeline.submitted();
-        Ok(Prepared { base, tree, pieces, algorithm: encoding.algorithm, nanoseconds, now, report })
+        let transaction = self.number;
+        Ok(Prepared {
+            transaction,
+            base,
+            tree,
+            pieces,
+            algorithm: encoding.algorithm,
+            nanoseconds,
+            now,
+            report,
+        })
     }
 
     /// The second half of [`Transaction::ingest_tar`]: puts into the catalogs what was read.
     pub fn apply(&mut self, prepared: Prepared) -> Result<IngestReport, PublishError> {
-        let Prepared { base, tree, pieces, algorithm, nanoseconds, now, report } = prepared;
+        let Prepared { transaction, base, tree, pieces, algorithm, nanoseconds, now, report } = prepared;
+        if transaction != self.number {
+            return Err(PublishError::Usage(
+                "an archive is applied to a transaction that has not read it".into(),
+            ));
+        }
         self.pipeline.wait_for(pieces)?;
         self.publisher.options.interrupt.check()?;
         tracing::debug!(base = %shown(base.as_bytes()), entries = report.entries, "archive read, applying it");
@@ -468,6 +495,7 @@ impl Transaction<'_> {
 #[derive(Debug)]
 #[must_use = "what is not applied is not published"]
 pub struct Prepared {
+    transaction: u64,
     base: RepositoryPath,
     tree: LayerTree,
     /// Pieces handed to the pipeline up to its end.

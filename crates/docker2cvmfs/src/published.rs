@@ -70,14 +70,23 @@ impl Published {
         Ok(link.and_then(|entry| String::from_utf8(entry.symlink).ok()))
     }
 
-    /// The content of the file at a path, if there is one in one piece of at most `limit`
-    /// bytes.
+    /// The content of the file at a path, if there is one of at most `limit` bytes.
     pub(crate) fn file(&mut self, path: &str, limit: u64) -> Result<Option<Vec<u8>>, ConvertError> {
         let file = self.lookup(path)?.filter(|entry| entry.kind() == EntryKind::File && entry.size <= limit);
-        let Some(Entry { hash: Some(hash), flags, .. }) = file else { return Ok(None) };
-        let compression = flags.compression().unwrap_or(Compression::Zlib);
+        let Some(file) = file else { return Ok(None) };
+        let compression = file.flags.compression().unwrap_or(Compression::Zlib);
         let mut bytes = Vec::new();
-        self.unpack(&ObjectName::new(hash, ObjectKind::File), compression, limit, &mut bytes)?;
+        if file.is_chunked() {
+            let (_, catalog) = self.deepest_for(path.as_bytes());
+            let chunks = catalog.chunks(file.path_hash, file.algorithm());
+            for chunk in chunks.map_err(|error| damaged(path.as_bytes(), &error))? {
+                let left = limit.saturating_sub(bytes.len() as u64);
+                self.unpack(&ObjectName::new(chunk.hash, ObjectKind::Chunk), compression, left, &mut bytes)?;
+            }
+        } else {
+            let Some(hash) = file.hash else { return Ok(None) };
+            self.unpack(&ObjectName::new(hash, ObjectKind::File), compression, limit, &mut bytes)?;
+        }
         Ok(Some(bytes))
     }
 

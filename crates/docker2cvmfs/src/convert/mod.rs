@@ -26,7 +26,7 @@ pub(crate) use ingest::{Ingest, Stored};
 pub(crate) use plan::{Plan, PlannedLayer};
 pub(crate) use podman::PodmanStore;
 pub(crate) use resolve::{Resolved, resolve};
-pub(crate) use unpacked::Unpacked;
+pub(crate) use unpacked::{METADATA, Unpacked};
 
 use crate::failure::ConvertError;
 use crate::policy::Policy;

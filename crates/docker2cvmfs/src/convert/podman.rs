@@ -8,16 +8,18 @@
 //! podmanStore/overlay-images/IMAGE/{manifest,=…}
 //! ```
 //!
-//! DUCC names a layer by its own digest alone, so that a layer on two parents has the one that came last. Here a layer
-//! is named by its chain id, as podman does itself: what is below it belongs to its name. Layers that DUCC wrote stay
-//! as they are.
+//! DUCC names a layer by its diff id alone, so that a layer on two parents has the one that came last. Here the name
+//! follows from the blobs of the layer and of all below it: what a name leads to never changes, and no configuration can
+//! claim the name of another image's layer. Layers that DUCC wrote stay as they are.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 use super::ingest::Ingest;
 use super::members::{Member, Members};
@@ -25,7 +27,8 @@ use super::plan::{PlannedImage, PlannedLayer};
 use crate::failure::ConvertError;
 use crate::published::Published;
 
-const STORE: &str = "podmanStore";
+/// The directory of the store.
+pub(super) const STORE: &str = "podmanStore";
 const LAYERS: &str = "podmanStore/overlay-layers/layers.json";
 const IMAGES: &str = "podmanStore/overlay-images/images.json";
 /// podman only opens them, and refuses a store without them.
@@ -71,7 +74,7 @@ impl PodmanStore {
         let mut parent = None;
         for ((layer, id), size) in image.layers.iter().zip(&chain).zip(sizes) {
             if !self.layers.iter().any(|known| text(known, "id") == id) {
-                self.layers.push(described(layer, id, parent, created(image), *size));
+                self.layers.push(described(layer, id, parent, &created(image), *size));
             }
             parent = Some(id);
         }
@@ -85,38 +88,46 @@ impl PodmanStore {
             }
         }
         let id = id_of(image);
-        match self.images.iter_mut().find(|known| text(known, "id") == id) {
-            Some(known) => match known.get_mut("names") {
-                Some(Value::Array(names)) => names.push(name.into()),
-                _ => {
-                    known.insert("names".to_owned(), json!([name]));
-                }
-            },
-            None => {
-                let config = image.image.image.manifest.config.digest.to_string();
-                let manifest = &image.image.image.manifest_bytes;
-                let entry = json!({
-                    "id": id,
-                    "digest": image.image.image.digest.to_string(),
-                    "names": [name],
-                    "layer": top,
-                    "metadata": "{}",
-                    "big-data-names": ["manifest", config],
-                    "big-data-sizes": {"manifest": manifest.len(), &config: image.image.config_bytes.len()},
-                    "big-data-digests": {"manifest": image.image.image.digest.to_string(), &config: config},
-                    "created": created(image),
-                });
-                self.images.extend(object(entry));
-            }
+        let config = image.image.image.manifest.config.digest.to_string();
+        let manifest = image.image.image.digest.to_string();
+        let sizes = (image.image.image.manifest_bytes.len(), image.image.config_bytes.len());
+        let entry = json!({
+            "id": id,
+            "digest": manifest,
+            "names": [name],
+            "layer": top,
+            "metadata": "{}",
+            "big-data-names": ["manifest", config],
+            "big-data-sizes": {"manifest": sizes.0, &config: sizes.1},
+            "big-data-digests": {"manifest": manifest, &config: config},
+            "created": created(image),
+        });
+        let mut entry = object(entry).unwrap_or_default();
+        let known = self.images.iter().position(|known| text(known, "id") == id);
+        if let Some(known) = known.map(|index| self.images.remove(index))
+            && let (Some(Value::Array(names)), Some(Value::Array(others))) =
+                (entry.get_mut("names"), known.get("names"))
+        {
+            names.splice(0..0, others.iter().cloned());
         }
+        self.images.push(entry);
     }
 
-    /// Takes images out, by the hexadecimal digests of their configurations, and the layers that no other image has.
+    /// Takes names out, and images by the hexadecimal digests of their configurations, with the layers that no other
+    /// image has.
     pub(crate) fn remove(
         &mut self,
+        names: &BTreeSet<&str>,
         ids: &HashSet<String>,
         ingest: &mut Ingest<'_>,
     ) -> Result<(), ConvertError> {
+        for image in &mut self.images {
+            if let Some(Value::Array(known)) = image.get_mut("names") {
+                let before = known.len();
+                known.retain(|name| name.as_str().is_none_or(|name| !names.contains(name)));
+                self.is_changed |= known.len() < before;
+            }
+        }
         let (gone, stay): (Vec<_>, Vec<_>) =
             std::mem::take(&mut self.images).into_iter().partition(|image| ids.contains(text(image, "id")));
         self.images = stay;
@@ -124,7 +135,7 @@ impl PodmanStore {
             return Ok(());
         }
         self.is_changed = true;
-        for image in &gone {
+        for image in gone.iter().filter(|image| is_id(text(image, "id"))) {
             ingest.remove(&format!("/{}", image_directory(text(image, "id"))))?;
         }
         let parents: HashMap<&str, &str> =
@@ -142,7 +153,7 @@ impl PodmanStore {
         let used = below(&self.images);
         // Only what these images had: others may keep layers here for reasons of their own.
         let unused: HashSet<String> = below(&gone).into_iter().filter(|id| !used.contains(id)).collect();
-        for id in &unused {
+        for id in unused.iter().filter(|id| is_id(id)) {
             ingest.remove(&format!("/{STORE}/overlay/{id}"))?;
             ingest.remove(&format!("/{STORE}/overlay/l/{}", short_name(id)))?;
         }
@@ -171,7 +182,11 @@ pub(super) fn files(image: &PlannedImage, members: &mut Members) {
         let directory = format!("{STORE}/overlay/{id}");
         members.add(&format!("{directory}/diff"), Member::Link(format!("../../..{}", layer.path())));
         members.add(&format!("{directory}/link"), Member::File(short_name(id).into_bytes()));
-        let below = chain.iter().take(index).rev().map(|id| format!("l/{}", short_name(id)));
+        // The kernel stacks no directory twice, and what is there twice shows nothing more.
+        let mut paths = HashSet::from([layer.path()]);
+        let below = image.layers.iter().zip(&chain).take(index).rev();
+        let below = below.filter(|(layer, _)| paths.insert(layer.path()));
+        let below = below.map(|(_, id)| format!("l/{}", short_name(id)));
         let below = below.collect::<Vec<_>>().join(":");
         if !below.is_empty() {
             members.add(&format!("{directory}/lower"), Member::File(below.into_bytes()));
@@ -179,7 +194,7 @@ pub(super) fn files(image: &PlannedImage, members: &mut Members) {
         let short = format!("{STORE}/overlay/l/{}", short_name(id));
         members.add(&short, Member::Link(format!("../{id}/diff")));
     }
-    let directory = image_directory(id_of(image));
+    let directory = directory(image);
     let manifest = image.image.image.manifest_bytes.clone();
     members.add(&format!("{directory}/manifest"), Member::File(manifest));
     let config = STANDARD.encode(image.image.image.manifest.config.digest.to_string());
@@ -189,17 +204,25 @@ pub(super) fn files(image: &PlannedImage, members: &mut Members) {
     }
 }
 
-/// Whether the store of a revision has an image; its name is not looked at.
-pub(super) fn has_image(image: &PlannedImage, published: &mut Published) -> Result<bool, ConvertError> {
-    published.has_directory(&format!("/{}", image_directory(id_of(image))))
+/// The directory of an image, which is there if and only if the indexes have it; from the repository's root.
+pub(super) fn directory(image: &PlannedImage) -> String {
+    image_directory(id_of(image))
 }
 
 fn text<'a>(entry: &'a Map<String, Value>, key: &str) -> &'a str {
     entry.get(key).and_then(Value::as_str).unwrap_or_default()
 }
 
-fn created(image: &PlannedImage) -> &str {
-    image.image.config.document.get("created").and_then(Value::as_str).unwrap_or(NO_TIME)
+/// When the image was made, in the form that podman reads: it reads no index with another form in it.
+fn created(image: &PlannedImage) -> String {
+    let said = image.image.config.document.get("created").and_then(Value::as_str).unwrap_or_default();
+    let time = OffsetDateTime::parse(said, &Rfc3339).ok().and_then(|time| time.format(&Rfc3339).ok());
+    time.unwrap_or_else(|| NO_TIME.to_owned())
+}
+
+/// Whether something has the form of an id, and so of a name of one directory.
+fn is_id(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 /// The hexadecimal digest of the configuration.
@@ -241,14 +264,12 @@ fn object(value: Value) -> Option<Map<String, Value>> {
     }
 }
 
-/// The chain id of each layer, in hexadecimal: the digest of all layers up to it.
+/// The id of each layer: a digest of the blobs up to it.
 fn chain(layers: &[PlannedLayer]) -> Vec<String> {
     let mut chain: Vec<String> = Vec::with_capacity(layers.len());
     for layer in layers {
-        chain.push(match chain.last() {
-            None => layer.diff_id.hex().to_owned(),
-            Some(below) => hex::encode(Sha256::digest(format!("sha256:{below} {}", layer.diff_id))),
-        });
+        let below = chain.last().map(String::as_str).unwrap_or_default();
+        chain.push(hex::encode(Sha256::digest(format!("{below} {}", layer.blob.digest))));
     }
     chain
 }

@@ -26,6 +26,8 @@ use super::podman::{self, PodmanStore};
 use crate::failure::ConvertError;
 use crate::published::Published;
 
+/// Begins the paths of the manifests; the name of the image follows.
+pub(crate) const METADATA: &str = "/.metadata/";
 /// Makes its directory a nested catalog.
 const CATALOG: &str = ".cvmfscatalog";
 /// Largest accepted list of images that have a layer.
@@ -40,7 +42,17 @@ pub(crate) struct Unpacked {
     /// Back references that this transaction has written already, by their path.
     /// `None` for one that is not to be touched.
     origins: HashMap<String, Option<Origin>>,
+    /// What layers are, by their paths: as the revision describes them, or as this transaction has found out.
+    descriptions: HashMap<String, Description>,
     podman: Option<PodmanStore>,
+}
+
+/// What a layer unpacks to.
+#[derive(Debug, Clone)]
+struct Description {
+    diff_id: String,
+    /// In bytes, if it is known.
+    size: Option<u64>,
 }
 
 /// The images that a layer belongs to, by the digests of their configurations.
@@ -54,7 +66,7 @@ impl Unpacked {
     /// For a transaction that began with the revision `published`.
     pub(crate) fn new(mut published: Published) -> Result<Self, ConvertError> {
         let podman = PodmanStore::read(&mut published)?;
-        Ok(Self { published, origins: HashMap::new(), podman })
+        Ok(Self { published, origins: HashMap::new(), descriptions: HashMap::new(), podman })
     }
 
     /// Writes what belongs to an image whose layers are in the transaction or were there
@@ -68,6 +80,7 @@ impl Unpacked {
     ) -> Result<(), ConvertError> {
         let mut members = Members::default();
         for image in &plan.images {
+            self.check_layers(plan, image, sizes)?;
             for layer in &image.layers {
                 self.describe_layer(image, layer, ingest, sizes, &mut members)?;
             }
@@ -79,31 +92,60 @@ impl Unpacked {
                 Member::File(image.image.image.manifest_bytes.clone()),
             );
             members.add(&name, Member::Link(link_target(&name, image)));
-            podman::files(image, &mut members);
-            ingest.members("", &members)?;
-            let sizes = image.layers.iter().map(|layer| self.plain_bytes(layer, sizes));
-            let sizes = sizes.collect::<Result<Vec<_>, _>>()?;
             if let Some(podman) = &mut self.podman {
-                podman.add(image, &name, &sizes);
+                add_catalog(podman::STORE, ingest, &mut members)?;
+                podman::files(image, &mut members);
+                ingest.members("", &members)?;
+                let size = |layer: &PlannedLayer| self.descriptions.get(&layer.path())?.size;
+                podman.add(image, &name, &image.layers.iter().map(size).collect::<Vec<_>>());
+                return Ok(());
             }
-            return Ok(());
         }
         ingest.members("", &members)
     }
 
-    /// Uncompressed bytes of a layer: of this transaction, or as a revision describes it.
-    fn plain_bytes(
+    /// The configuration of an image says what its layers unpack to. That is verified when a layer is unpacked; of one
+    /// that was there, it has to be what was found out then.
+    fn check_layers(
         &mut self,
-        layer: &PlannedLayer,
+        plan: &Plan,
+        image: &PlannedImage,
         sizes: &HashMap<String, u64>,
-    ) -> Result<Option<u64>, ConvertError> {
-        if let Some(size) = sizes.get(&layer.path()) {
-            return Ok(Some(*size));
+    ) -> Result<(), ConvertError> {
+        for layer in &image.layers {
+            let path = layer.path();
+            let said = layer.diff_id.to_string();
+            if !self.descriptions.contains_key(&path) {
+                let size = sizes.get(&path).copied();
+                let new = Description { diff_id: said.clone(), size };
+                let described = self.published_description(layer)?.unwrap_or(new);
+                self.descriptions.insert(path.clone(), described);
+            }
+            if let Some(found) = self.descriptions.get(&path)
+                && found.diff_id != said
+            {
+                return Err(ConvertError::Unsuitable {
+                    image: plan.resolved.source.name().to_string(),
+                    reason: format!(
+                        "says that its layer {} unpacks to {said}, but that unpacks to {}",
+                        layer.blob.digest, found.diff_id
+                    ),
+                });
+            }
         }
-        let described = format!("/{}/layers.json", metadata(layer));
-        let bytes = self.published.file(&described, MAX_DESCRIPTION_BYTES)?;
-        let described: Option<Value> = bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok());
-        Ok(described.and_then(|described| described.get(0)?.get("diff-size")?.as_u64()))
+        Ok(())
+    }
+
+    /// What the revision says of a layer.
+    fn published_description(&mut self, layer: &PlannedLayer) -> Result<Option<Description>, ConvertError> {
+        let path = format!("/{}/layers.json", metadata(layer));
+        let bytes = self.published.file(&path, MAX_DESCRIPTION_BYTES)?;
+        let document: Option<Value> = bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        Ok(document.and_then(|document| {
+            let layer = document.get(0)?;
+            let diff_id = layer.get("diff-digest")?.as_str()?.to_owned();
+            Some(Description { diff_id, size: layer.get("diff-size").and_then(Value::as_u64) })
+        }))
     }
 
     /// Writes what all images share, after the last of them.
@@ -179,7 +221,9 @@ pub(super) fn is_current(plan: &Plan, published: &mut Published) -> Result<bool,
         }
     }
     let (Some(name), Some(image)) = (name(plan), representative(plan)) else { return Ok(true) };
-    if !podman::has_image(image, published)? {
+    if !published.has_directory(&format!("/{}", podman::directory(image)))?
+        && PodmanStore::read(published)?.is_some()
+    {
         return Ok(false);
     }
     let manifest = &image.image.image.manifest_bytes;
@@ -191,9 +235,10 @@ pub(super) fn is_current(plan: &Plan, published: &mut Published) -> Result<bool,
 /// What goes when the image goes, absolute paths. The layers are not among them.
 pub(super) fn paths(plan: &Plan) -> Vec<String> {
     let mut paths: Vec<String> = plan.images.iter().map(|image| format!("/{}", flat_path(image))).collect();
-    if let Some(name) = name(plan) {
+    if let (Some(name), Some(image)) = (name(plan), representative(plan)) {
         paths.push(format!("/{name}"));
-        paths.push(format!("/.metadata/{name}"));
+        paths.push(format!("{METADATA}{name}"));
+        paths.push(format!("/{}", podman::directory(image)));
     }
     paths
 }

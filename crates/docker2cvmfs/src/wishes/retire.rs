@@ -9,7 +9,7 @@ use super::expand::Expanded;
 use super::records::RetiredRecord;
 use super::report::{ImageState, RoundReport};
 use super::round::Round;
-use crate::convert::{Ingest, PodmanStore};
+use crate::convert::{Ingest, METADATA, PodmanStore};
 use crate::failure::ConvertError;
 
 /// Retires images that nobody wishes for, removes layers whose grace is over, and
@@ -103,10 +103,11 @@ fn remove(
         ingest.remove(path)?;
     }
     let ids: HashSet<String> = others.iter().filter_map(|path| unpacked_image(path)).collect();
-    if !ids.is_empty()
+    let names: BTreeSet<&str> = others.iter().filter_map(|path| path.strip_prefix(METADATA)).collect();
+    if !(ids.is_empty() && names.is_empty())
         && let Some(mut podman) = PodmanStore::read(&mut round.published()?)?
     {
-        podman.remove(&ids, &mut ingest)?;
+        podman.remove(&names, &ids, &mut ingest)?;
         podman.write(&mut ingest)?;
     }
     for path in layers {
