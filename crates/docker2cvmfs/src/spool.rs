@@ -8,8 +8,9 @@
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use registry::{Descriptor, Digest, LayerStream, MAX_LAYER_BYTES, RegistryError, Source};
 
@@ -19,6 +20,10 @@ use crate::progress::Progress;
 /// Downloads at a time: enough to fill a line through a registry that is slow per
 /// connection; registries ask for no more than three.
 const PARALLEL_DOWNLOADS: usize = 3;
+/// Compressed bytes of layers that a processor ingests within a second, at least.
+const INGESTED_PER_SECOND: f64 = 20e6;
+/// Between two estimates of when the downloads end.
+const ESTIMATE_PAUSE: Duration = Duration::from_millis(50);
 /// What is copied at a time.
 const PIECE_BYTES: usize = 256 << 10;
 
@@ -66,43 +71,187 @@ pub(crate) fn download(
     directory: &Path,
     progress: &Progress,
 ) -> Result<Vec<SpooledLayer>, ConvertError> {
-    let source = source.branch();
-    let next = AtomicUsize::new(0);
-    let failure: Mutex<Option<ConvertError>> = Mutex::new(None);
-    let done: Mutex<Vec<(usize, SpooledLayer)>> = Mutex::new(Vec::new());
-    let work = || {
-        while let Some((index, layer)) = take(&next, &wanted) {
-            match fetch(&source, layer, directory, progress) {
-                Ok(spooled) => lock(&done).push((index, spooled)),
-                Err(error) => {
-                    // What the cancellation causes elsewhere comes later and is not kept.
-                    lock(&failure).get_or_insert(error);
-                    next.store(wanted.len(), Ordering::Relaxed);
-                    source.cancel();
-                }
-            }
-        }
+    download_while(source, &wanted, directory, progress, |arrivals| arrivals.collect())
+}
+
+/// Downloads layers, several at a time, while `consumer` takes those that are complete, in their order. The first
+/// failure ends everything.
+pub(crate) fn download_while<R>(
+    source: &Source,
+    wanted: &[Wanted],
+    directory: &Path,
+    progress: &Progress,
+    consumer: impl FnOnce(Arrivals<'_>) -> Result<R, ConvertError>,
+) -> Result<R, ConvertError> {
+    let threads = PARALLEL_DOWNLOADS.min(wanted.len());
+    let done = wanted.iter().map(|_| None).collect();
+    let downloads = Downloads {
+        source: source.branch(),
+        wanted,
+        started: Instant::now(),
+        next: AtomicUsize::new(0),
+        received: AtomicU64::new(0),
+        state: Mutex::new(State { done, failure: None, running: threads }),
+        arrived: Condvar::new(),
     };
     std::thread::scope(|scope| {
-        for _ in 0..PARALLEL_DOWNLOADS.min(wanted.len()) {
-            scope.spawn(work);
+        for _ in 0..threads {
+            scope.spawn(|| downloads.work(directory, progress));
         }
-    });
-    if let Some(error) = lock(&failure).take() {
-        return Err(error);
+        let consumed = consumer(Arrivals { downloads: &downloads, next: 0, ready_bytes: 0 });
+        if consumed.is_err() {
+            downloads.stop();
+        }
+        consumed
+    })
+}
+
+/// Downloads under way.
+struct Downloads<'a> {
+    source: Source,
+    wanted: &'a [Wanted],
+    started: Instant,
+    /// The next one to begin.
+    next: AtomicUsize,
+    /// Bytes so far, with what came twice.
+    received: AtomicU64,
+    state: Mutex<State>,
+    arrived: Condvar,
+}
+
+struct State {
+    done: Vec<Option<SpooledLayer>>,
+    failure: Option<ConvertError>,
+    /// Threads that download.
+    running: usize,
+}
+
+/// A thread that downloads; whoever waits learns that it ended, however it did.
+struct Running<'a>(&'a Downloads<'a>);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.lock().running -= 1;
+        self.0.arrived.notify_all();
     }
-    let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
-    done.sort_by_key(|(index, _)| *index);
-    Ok(done.into_iter().map(|(_, layer)| layer).collect())
 }
 
-fn take<'a>(next: &AtomicUsize, wanted: &'a [Wanted]) -> Option<(usize, &'a Wanted)> {
-    let index = next.fetch_add(1, Ordering::Relaxed);
-    wanted.get(index).map(|layer| (index, layer))
+impl Downloads<'_> {
+    fn work(&self, directory: &Path, progress: &Progress) {
+        let _running = Running(self);
+        while let Some((index, layer)) = self.take() {
+            let fetched = fetch(&self.source, layer, directory, progress, &self.received);
+            let mut state = self.lock();
+            match fetched {
+                Ok(spooled) => {
+                    if let Some(place) = state.done.get_mut(index) {
+                        *place = Some(spooled);
+                    }
+                }
+                Err(error) => {
+                    // What the cancellation causes elsewhere comes later and is not kept.
+                    state.failure.get_or_insert(error);
+                    drop(state);
+                    self.stop();
+                }
+            }
+            self.arrived.notify_all();
+        }
+    }
+
+    fn take(&self) -> Option<(usize, &Wanted)> {
+        let index = self.next.fetch_add(1, Ordering::Relaxed);
+        self.wanted.get(index).map(|layer| (index, layer))
+    }
+
+    fn stop(&self) {
+        self.next.store(self.wanted.len(), Ordering::Relaxed);
+        self.source.cancel();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+/// Layers as they come, in their order.
+pub(crate) struct Arrivals<'a> {
+    downloads: &'a Downloads<'a>,
+    /// The first that was not yet given.
+    next: usize,
+    /// Bytes of those that were complete at the last look.
+    ready_bytes: u64,
+}
+
+impl Arrivals<'_> {
+    /// All of them.
+    fn collect(mut self) -> Result<Vec<SpooledLayer>, ConvertError> {
+        let mut layers = Vec::with_capacity(self.downloads.wanted.len());
+        while let Some(layer) = self.next()? {
+            layers.push(layer);
+        }
+        Ok(layers)
+    }
+
+    /// Waits until, at the speed so far, the rest will have come before the layers that are complete are ingested:
+    /// whoever begins then never waits for a registry, and holds no lock for it.
+    ///
+    /// # Errors
+    /// That of the download that failed.
+    pub(crate) fn wait_until_worthwhile(&mut self) -> Result<(), ConvertError> {
+        let mut state = self.downloads.lock();
+        loop {
+            if let Some(error) = state.failure.take() {
+                return Err(error);
+            }
+            let complete =
+                self.downloads.wanted.iter().zip(&state.done).take_while(|(_, done)| done.is_some());
+            let (mut count, mut bytes) = (0, 0);
+            for (wanted, _) in complete {
+                (count, bytes) = (count + 1, bytes + wanted.blob.size);
+            }
+            self.ready_bytes = bytes;
+            if count == self.downloads.wanted.len() || state.running == 0 || self.is_worthwhile() {
+                return Ok(());
+            }
+            let waited = self.downloads.arrived.wait_timeout(state, ESTIMATE_PAUSE);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn is_worthwhile(&self) -> bool {
+        let total: u64 = self.downloads.wanted.iter().map(|layer| layer.blob.size).sum();
+        let received = self.downloads.received.load(Ordering::Relaxed).min(total);
+        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+        let ingesting = self.ready_bytes as f64 / (INGESTED_PER_SECOND * cores as f64);
+        let elapsed = self.downloads.started.elapsed().as_secs_f64();
+        received > 0 && (total - received) as f64 * elapsed / received as f64 <= ingesting
+    }
+
+    /// The next layer, once it is complete; `None` after the last.
+    ///
+    /// # Errors
+    /// That of the download that failed.
+    pub(crate) fn next(&mut self) -> Result<Option<SpooledLayer>, ConvertError> {
+        if self.next == self.downloads.wanted.len() {
+            return Ok(None);
+        }
+        let mut state = self.downloads.lock();
+        loop {
+            if let Some(error) = state.failure.take() {
+                return Err(error);
+            }
+            if let Some(layer) = state.done.get_mut(self.next).and_then(Option::take) {
+                self.next += 1;
+                return Ok(Some(layer));
+            }
+            if state.running == 0 {
+                // What ended the thread is told when the others have ended, too.
+                return Err(ConvertError::Interrupted);
+            }
+            state = self.downloads.arrived.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
 }
 
 /// A mirror that begins to answer and then serves something else costs a second download,
@@ -112,13 +261,14 @@ fn fetch(
     wanted: &Wanted,
     directory: &Path,
     progress: &Progress,
+    received: &AtomicU64,
 ) -> Result<SpooledLayer, ConvertError> {
-    match (fetch_from(source, wanted, directory, progress), source.without_mirrors()) {
+    match (fetch_from(source, wanted, directory, progress, received), source.without_mirrors()) {
         (Err(ConvertError::Registry(error)), Some(registry))
             if !matches!(error, RegistryError::Cancelled) =>
         {
             tracing::warn!(layer = %wanted.blob.digest, %error, "asking the registry itself");
-            fetch_from(&registry, wanted, directory, progress)
+            fetch_from(&registry, wanted, directory, progress, received)
         }
         (fetched, _) => fetched,
     }
@@ -129,6 +279,7 @@ fn fetch_from(
     wanted: &Wanted,
     directory: &Path,
     progress: &Progress,
+    received: &AtomicU64,
 ) -> Result<SpooledLayer, ConvertError> {
     let spool_error = |cause| ConvertError::Spool { directory: directory.to_owned(), cause };
     let mut file = tempfile::tempfile_in(directory).map_err(spool_error)?;
@@ -143,6 +294,7 @@ fn fetch_from(
         let Some(bytes) = piece.get(..length).filter(|bytes| !bytes.is_empty()) else { break };
         file.write_all(bytes).map_err(spool_error)?;
         meter.add(length as u64);
+        received.fetch_add(length as u64, Ordering::Relaxed);
     }
     meter.finish();
     Ok(SpooledLayer { wanted: wanted.clone(), plain_bytes: None, blob: file })

@@ -12,7 +12,7 @@ use super::unpacked::Unpacked;
 use crate::failure::ConvertError;
 use crate::progress::{LayerMeter, Progress};
 use crate::published::Published;
-use crate::spool::SpooledLayer;
+use crate::spool::{Arrivals, SpooledLayer};
 
 /// What was published.
 #[derive(Debug, Clone, Copy)]
@@ -26,13 +26,13 @@ pub(crate) struct Stored {
 pub(super) fn image(
     publisher: &mut Publisher,
     plan: &Plan,
-    spooled: Vec<SpooledLayer>,
+    mut arrivals: Arrivals<'_>,
     published: impl FnOnce() -> Result<Published, ConvertError>,
     progress: &Progress,
 ) -> Result<Stored, ConvertError> {
     let mut ingest = Ingest::begin(publisher, progress)?;
     let mut sizes = HashMap::new();
-    for mut layer in spooled {
+    while let Some(mut layer) = arrivals.next()? {
         ingest.layer(&mut layer)?;
         sizes.extend(layer.plain_bytes.map(|bytes| (layer.wanted.path.clone(), bytes)));
     }

@@ -127,14 +127,19 @@ impl Conversion<'_> {
             return Ok(());
         }
         let missing = plan.missing();
-        let spooled = spool::download(&plan.resolved.source, missing, spool, self.progress)?;
-        report.bytes_downloaded = spooled.iter().map(|layer| layer.wanted.blob.size).sum();
-        self.interrupt.check()?;
-        let options = cvmfs_publish::OpenOptions { interrupt: self.interrupt.clone(), ..Default::default() };
-        let mut publisher = Publisher::open_with(&request.fqrn, &request.storage, &request.keys, options)?;
-        // What it has now, under the lock.
-        let published = || Published::open(&request.fqrn, &request.storage, &request.keys, spool);
-        let stored = ingest::image(&mut publisher, plan, spooled, published, self.progress)?;
+        report.bytes_downloaded = missing.iter().map(|layer| layer.blob.size).sum();
+        let source = &plan.resolved.source;
+        let stored = spool::download_while(source, &missing, spool, self.progress, |mut arrivals| {
+            arrivals.wait_until_worthwhile()?;
+            self.interrupt.check()?;
+            let options =
+                cvmfs_publish::OpenOptions { interrupt: self.interrupt.clone(), ..Default::default() };
+            let mut publisher =
+                Publisher::open_with(&request.fqrn, &request.storage, &request.keys, options)?;
+            // What it has now, under the lock.
+            let published = || Published::open(&request.fqrn, &request.storage, &request.keys, spool);
+            ingest::image(&mut publisher, plan, arrivals, published, self.progress)
+        })?;
         report.revision = stored.revision;
         report.bytes_stored = stored.bytes_stored;
         Ok(())
