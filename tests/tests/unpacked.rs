@@ -239,7 +239,7 @@ fn an_image_lies_where_snapshotter_and_apptainer_look() {
     let origin = format!("{}/.metadata/origin.json", place(".layers", &image.layers[0].digest()));
     assert_eq!(json(&origin)["origin"].as_array().unwrap().len(), 2);
     // A layer that is there unpacks to what it unpacks to, whatever another image says.
-    let mut lying = image.clone();
+    let mut lying = image;
     lying.layers[0].tar = TarBuilder::new().file("other", 0o644, b"").finish();
     registry.push("team/lying", "1", &lying).unwrap();
     let error =
