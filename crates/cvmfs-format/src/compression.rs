@@ -235,8 +235,8 @@ pub enum Deflate {
     Fast,
 }
 
-/// libdeflate's level. Of the files of a Debian system it makes 1.06 times what zlib's default makes of them, in 0.43
-/// of the time of libdeflate's own level 6; level 3 would make 1.01 times as much in 0.66 of the time.
+/// libdeflate's level. Of the files of a Debian system it makes 1.06 to 1.08 times what zlib's default makes of them, in
+/// less than a sixth of its time; level 3 would save 5 % of that and take half as long again.
 const FAST_LEVEL: i32 = 1;
 /// Media and archives within images do not shrink, and to find that out takes longer than to compress others. So
 /// contents of this many bytes and more are first looked at in samples.
