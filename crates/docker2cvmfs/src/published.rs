@@ -78,7 +78,7 @@ impl Published {
         let mut bytes = Vec::new();
         if file.is_chunked() {
             let (_, catalog) = self.deepest_for(path.as_bytes());
-            let chunks = catalog.chunks(file.path_hash, file.algorithm());
+            let chunks = catalog.chunks_of(&file);
             for chunk in chunks.map_err(|error| damaged(path.as_bytes(), &error))? {
                 let left = limit.saturating_sub(bytes.len() as u64);
                 self.unpack(&ObjectName::new(chunk.hash, ObjectKind::Chunk), compression, left, &mut bytes)?;

@@ -5,6 +5,8 @@
 //! the diff id and every entry on the way; what fails there is taken out of the
 //! transaction again.
 
+use std::cell::Cell;
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -55,6 +57,17 @@ impl SpooledLayer {
     }
 }
 
+/// What layers unpack to, by their paths: diff id and bytes of those that were unpacked.
+pub(crate) type Verified = HashMap<String, (Digest, u64)>;
+
+impl SpooledLayer {
+    /// What the layer unpacks to, once it was unpacked.
+    pub(crate) fn verified(&self) -> Option<(String, (Digest, u64))> {
+        let bytes = self.plain_bytes?;
+        Some((self.wanted.path.clone(), (self.wanted.diff_id.clone(), bytes)))
+    }
+}
+
 /// Where layers are kept: `given`, else `$TMPDIR`, else `/var/tmp`, which unlike `/tmp`
 /// is not kept in memory.
 pub(crate) fn directory(given: Option<&Path>) -> PathBuf {
@@ -98,11 +111,8 @@ pub(crate) fn download_while<R>(
         for _ in 0..threads {
             scope.spawn(|| downloads.work(directory, progress));
         }
-        let consumed = consumer(Arrivals { downloads: &downloads, next: 0, ready_bytes: 0 });
-        if consumed.is_err() {
-            downloads.stop();
-        }
-        consumed
+        let _stop = Stop(&downloads);
+        consumer(Arrivals { downloads: &downloads, next: 0, ready_bytes: 0 })
     })
 }
 
@@ -113,7 +123,7 @@ struct Downloads<'a> {
     started: Instant,
     /// The next one to begin.
     next: AtomicUsize,
-    /// Bytes so far, with what came twice.
+    /// Bytes so far, without those that turned out wrong.
     received: AtomicU64,
     state: Mutex<State>,
     arrived: Condvar,
@@ -133,6 +143,15 @@ impl Drop for Running<'_> {
     fn drop(&mut self) {
         self.0.lock().running -= 1;
         self.0.arrived.notify_all();
+    }
+}
+
+/// Without a consumer nothing is downloaded any more, however it ended.
+struct Stop<'a>(&'a Downloads<'a>);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.stop();
     }
 }
 
@@ -194,7 +213,7 @@ impl Arrivals<'_> {
     }
 
     /// Waits until, at the speed so far, the rest will have come before the layers that are complete are ingested:
-    /// whoever begins then never waits for a registry, and holds no lock for it.
+    /// whoever begins then waits for a registry, with a lock perhaps, only if it becomes slower.
     ///
     /// # Errors
     /// That of the download that failed.
@@ -225,7 +244,7 @@ impl Arrivals<'_> {
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
         let ingesting = self.ready_bytes as f64 / (INGESTED_PER_SECOND * cores as f64);
         let elapsed = self.downloads.started.elapsed().as_secs_f64();
-        received > 0 && (total - received) as f64 * elapsed / received as f64 <= ingesting
+        self.ready_bytes > 0 && (total - received) as f64 * elapsed / (received.max(1)) as f64 <= ingesting
     }
 
     /// The next layer, once it is complete; `None` after the last.
@@ -263,12 +282,18 @@ fn fetch(
     progress: &Progress,
     received: &AtomicU64,
 ) -> Result<SpooledLayer, ConvertError> {
-    match (fetch_from(source, wanted, directory, progress, received), source.without_mirrors()) {
+    let copied = Cell::new(0);
+    let copy = |length: u64| {
+        copied.set(copied.get() + length);
+        received.fetch_add(length, Ordering::Relaxed);
+    };
+    match (fetch_from(source, wanted, directory, progress, &copy), source.without_mirrors()) {
         (Err(ConvertError::Registry(error)), Some(registry))
             if !matches!(error, RegistryError::Cancelled) =>
         {
             tracing::warn!(layer = %wanted.blob.digest, %error, "asking the registry itself");
-            fetch_from(&registry, wanted, directory, progress, received)
+            received.fetch_sub(copied.get(), Ordering::Relaxed);
+            fetch_from(&registry, wanted, directory, progress, &copy)
         }
         (fetched, _) => fetched,
     }
@@ -279,7 +304,7 @@ fn fetch_from(
     wanted: &Wanted,
     directory: &Path,
     progress: &Progress,
-    received: &AtomicU64,
+    copied: &dyn Fn(u64),
 ) -> Result<SpooledLayer, ConvertError> {
     let spool_error = |cause| ConvertError::Spool { directory: directory.to_owned(), cause };
     let mut file = tempfile::tempfile_in(directory).map_err(spool_error)?;
@@ -294,7 +319,7 @@ fn fetch_from(
         let Some(bytes) = piece.get(..length).filter(|bytes| !bytes.is_empty()) else { break };
         file.write_all(bytes).map_err(spool_error)?;
         meter.add(length as u64);
-        received.fetch_add(length as u64, Ordering::Relaxed);
+        copied(length as u64);
     }
     meter.finish();
     Ok(SpooledLayer { wanted: wanted.clone(), plain_bytes: None, blob: file })

@@ -1,6 +1,6 @@
 //! Spooled layers into one revision of the repository.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::io::{self, Read};
 
 use cvmfs_publish::{IngestOptions, Prepared, PublishError, Publisher, Transaction};
@@ -12,7 +12,7 @@ use super::unpacked::Unpacked;
 use crate::failure::ConvertError;
 use crate::progress::{LayerMeter, Progress};
 use crate::published::Published;
-use crate::spool::{Arrivals, SpooledLayer};
+use crate::spool::{Arrivals, SpooledLayer, Verified};
 
 /// What was published.
 #[derive(Debug, Clone, Copy)]
@@ -31,15 +31,15 @@ pub(super) fn image(
     progress: &Progress,
 ) -> Result<Stored, ConvertError> {
     let mut ingest = Ingest::begin(publisher, progress)?;
-    let mut sizes = HashMap::new();
+    let mut verified = Verified::new();
     while let Some(mut layer) = arrivals.next()? {
         ingest.layer(&mut layer)?;
-        sizes.extend(layer.plain_bytes.map(|bytes| (layer.wanted.path.clone(), bytes)));
+        verified.extend(layer.verified());
     }
     ingest.settle()?;
     if plan.layout == Layout::Unpacked {
         let mut unpacked = Unpacked::new(published()?)?;
-        unpacked.write(plan, &mut ingest, &sizes)?;
+        unpacked.write(plan, &mut ingest, &verified)?;
         unpacked.finish(&mut ingest)?;
     }
     ingest.commit()

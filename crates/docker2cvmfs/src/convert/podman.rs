@@ -113,14 +113,16 @@ impl PodmanStore {
         self.images.push(entry);
     }
 
-    /// Takes names out, and images by the hexadecimal digests of their configurations, with the layers that no other
-    /// image has.
+    /// Takes names out, and images by the hexadecimal digests of their configurations or of blobs that they need, with
+    /// the layers that no other image has.
     pub(crate) fn remove(
         &mut self,
         names: &BTreeSet<&str>,
         ids: &HashSet<String>,
+        blobs: &HashSet<String>,
         ingest: &mut Ingest<'_>,
     ) -> Result<(), ConvertError> {
+        let ids: HashSet<String> = ids.iter().cloned().chain(self.images_on(blobs)).collect();
         for image in &mut self.images {
             if let Some(Value::Array(known)) = image.get_mut("names") {
                 let before = known.len();
@@ -159,6 +161,27 @@ impl PodmanStore {
         }
         self.layers.retain(|layer| !unused.contains(text(layer, "id")));
         Ok(())
+    }
+
+    /// The images of which a layer is one of these blobs: an image can come with other blobs under another name.
+    fn images_on(&self, blobs: &HashSet<String>) -> Vec<String> {
+        let layers: HashMap<&str, &Map<String, Value>> =
+            self.layers.iter().map(|layer| (text(layer, "id"), layer)).collect();
+        let stands = |image: &&Map<String, Value>| {
+            let mut seen = HashSet::new();
+            let mut id = text(image, "layer");
+            while seen.insert(id)
+                && let Some(layer) = layers.get(id)
+            {
+                let blob = text(layer, "compressed-diff-digest");
+                if blob.split_once(':').is_some_and(|(_, hex)| blobs.contains(hex)) {
+                    return true;
+                }
+                id = text(layer, "parent");
+            }
+            false
+        };
+        self.images.iter().filter(stands).map(|image| text(image, "id").to_owned()).collect()
     }
 
     /// Writes the indexes, if anything changed.

@@ -25,6 +25,7 @@ use super::plan::{Plan, PlannedImage, PlannedLayer};
 use super::podman::{self, PodmanStore};
 use crate::failure::ConvertError;
 use crate::published::Published;
+use crate::spool::Verified;
 
 /// Begins the paths of the manifests; the name of the image follows.
 pub(crate) const METADATA: &str = "/.metadata/";
@@ -70,19 +71,18 @@ impl Unpacked {
     }
 
     /// Writes what belongs to an image whose layers are in the transaction or were there
-    /// before. `sizes` has the uncompressed bytes of layers by their paths, as far as they
-    /// are known.
+    /// before. `verified` are those that were unpacked.
     pub(crate) fn write(
         &mut self,
         plan: &Plan,
         ingest: &mut Ingest<'_>,
-        sizes: &HashMap<String, u64>,
+        verified: &Verified,
     ) -> Result<(), ConvertError> {
         let mut members = Members::default();
         for image in &plan.images {
-            self.check_layers(plan, image, sizes)?;
+            self.check_layers(plan, image, verified)?;
             for layer in &image.layers {
-                self.describe_layer(image, layer, ingest, sizes, &mut members)?;
+                self.describe_layer(image, layer, ingest, &mut members)?;
             }
             write_flat(image, ingest, &mut members)?;
         }
@@ -110,24 +110,29 @@ impl Unpacked {
         &mut self,
         plan: &Plan,
         image: &PlannedImage,
-        sizes: &HashMap<String, u64>,
+        verified: &Verified,
     ) -> Result<(), ConvertError> {
         for layer in &image.layers {
             let path = layer.path();
             let said = layer.diff_id.to_string();
             if !self.descriptions.contains_key(&path) {
-                let size = sizes.get(&path).copied();
-                let new = Description { diff_id: said.clone(), size };
-                let described = self.published_description(layer)?.unwrap_or(new);
-                self.descriptions.insert(path.clone(), described);
+                // Unpacked just now, or by who described it.
+                let new = verified
+                    .get(&path)
+                    .map(|(diff_id, size)| Description { diff_id: diff_id.to_string(), size: Some(*size) });
+                if let Some(described) = self.published_description(layer)?.or(new) {
+                    self.descriptions.insert(path.clone(), described);
+                }
             }
             if let Some(found) = self.descriptions.get(&path)
                 && found.diff_id != said
+                && is_comparable(&found.diff_id, &said)
             {
                 return Err(ConvertError::Unsuitable {
                     image: plan.resolved.source.name().to_string(),
                     reason: format!(
-                        "says that its layer {} unpacks to {said}, but that unpacks to {}",
+                        "says that its layer {} unpacks to {said}, but that unpacks to {}; if the repository is wrong, \
+                         delete {path} from it and convert again",
                         layer.blob.digest, found.diff_id
                     ),
                 });
@@ -161,7 +166,6 @@ impl Unpacked {
         image: &PlannedImage,
         layer: &PlannedLayer,
         ingest: &mut Ingest<'_>,
-        sizes: &HashMap<String, u64>,
         members: &mut Members,
     ) -> Result<(), ConvertError> {
         let hex = layer.blob.digest.hex();
@@ -170,16 +174,18 @@ impl Unpacked {
         add_catalog(&format!(".layers/{shard}"), ingest, members)?;
         let metadata = metadata(layer);
         let described = format!("{metadata}/layers.json");
-        if !ingest.exists(&format!("/{described}"))? {
+        // What nobody has verified is not said.
+        let is_verified = self.descriptions.contains_key(&layer.path());
+        if is_verified && !ingest.exists(&format!("/{described}"))? {
             // As DUCC has it where it does not know.
-            let size = sizes.get(&layer.path()).and_then(|size| i64::try_from(*size).ok()).unwrap_or(-1);
+            let size = self.descriptions.get(&layer.path()).and_then(|layer| i64::try_from(layer.size?).ok());
             let document = json!([{
                 "id": layer.diff_id.hex(),
                 "created": image.image.config.document.get("created"),
                 "compressed-diff-digest": layer.blob.digest.to_string(),
                 "compressed-size": layer.blob.size,
                 "diff-digest": layer.diff_id.to_string(),
-                "diff-size": size,
+                "diff-size": size.unwrap_or(-1),
             }]);
             members.add(&described, Member::File(document.to_string().into_bytes()));
         }
@@ -235,10 +241,9 @@ pub(super) fn is_current(plan: &Plan, published: &mut Published) -> Result<bool,
 /// What goes when the image goes, absolute paths. The layers are not among them.
 pub(super) fn paths(plan: &Plan) -> Vec<String> {
     let mut paths: Vec<String> = plan.images.iter().map(|image| format!("/{}", flat_path(image))).collect();
-    if let (Some(name), Some(image)) = (name(plan), representative(plan)) {
+    if let Some(name) = name(plan) {
         paths.push(format!("/{name}"));
         paths.push(format!("{METADATA}{name}"));
-        paths.push(format!("/{}", podman::directory(image)));
     }
     paths
 }
@@ -273,6 +278,11 @@ fn add_catalog(directory: &str, ingest: &mut Ingest<'_>, members: &mut Members) 
         members.add(&path, Member::File(Vec::new()));
     }
     Ok(())
+}
+
+/// Whether two digests are of one algorithm.
+fn is_comparable(one: &str, other: &str) -> bool {
+    one.split(':').next() == other.split(':').next()
 }
 
 /// The directory that says what a layer is, from the repository's root.

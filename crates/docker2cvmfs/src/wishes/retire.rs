@@ -104,10 +104,11 @@ fn remove(
     }
     let ids: HashSet<String> = others.iter().filter_map(|path| unpacked_image(path)).collect();
     let names: BTreeSet<&str> = others.iter().filter_map(|path| path.strip_prefix(METADATA)).collect();
-    if !(ids.is_empty() && names.is_empty())
+    let blobs: HashSet<String> = layers.iter().filter_map(|path| unpacked_blob(path)).collect();
+    if !(ids.is_empty() && names.is_empty() && blobs.is_empty())
         && let Some(mut podman) = PodmanStore::read(&mut round.published()?)?
     {
-        podman.remove(&names, &ids, &mut ingest)?;
+        podman.remove(&names, &ids, &blobs, &mut ingest)?;
         podman.write(&mut ingest)?;
     }
     for path in layers {
@@ -126,6 +127,12 @@ fn remove(
 fn unpacked_image(path: &str) -> Option<String> {
     let (_, id) = path.strip_prefix("/.flat/")?.split_once('/')?;
     Some(id.to_owned())
+}
+
+/// The blob that a layer is of.
+fn unpacked_blob(path: &str) -> Option<String> {
+    let (_, hex) = whole_layer(path).strip_prefix("/.layers/")?.split_once('/')?;
+    Some(hex.to_owned())
 }
 
 /// The directory of a layer with its metadata.

@@ -5,7 +5,7 @@
 //! thin images of what was published and keep the records. An image that fails at any step
 //! is reported and leaves the others alone.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -17,7 +17,7 @@ use super::report::{ImageOutcome, ImageState, RoundReport};
 use super::round::{Round, Work, outcome};
 use crate::convert::{Ingest, Layout, Stored, Unpacked};
 use crate::failure::ConvertError;
-use crate::spool;
+use crate::spool::{self, Verified};
 
 /// An image whose layers are all here.
 struct Fetched<'a> {
@@ -205,14 +205,21 @@ impl<'a> Workshop<'a> {
         let mut good = Vec::with_capacity(batch.len());
         let mut rest = batch.into_iter();
         while let Some(image) = rest.next() {
-            let mut result = ingest_image(&mut ingest, &image.layers);
+            let mut brought = Vec::new();
+            let mut result = bring_layers(&mut ingest, &image.layers, &mut brought);
             if result.is_ok() && image.work.plan.layout == Layout::Unpacked {
                 if unpacked.is_none() {
                     // What the repository has now, under the lock.
                     unpacked = Some(Unpacked::new(self.round.published()?)?);
                 }
                 if let Some(unpacked) = &mut unpacked {
-                    result = unpacked.write(&image.work.plan, &mut ingest, &sizes_of(&image.layers));
+                    result = unpacked.write(&image.work.plan, &mut ingest, &verified(&image.layers));
+                }
+            }
+            // All of an image's layers, or none of those that it brought; if it is not sound, all of the transaction goes.
+            if result.is_err() && ingest.is_sound() {
+                for path in &brought {
+                    ingest.remove(path)?;
                 }
             }
             match result {
@@ -293,27 +300,11 @@ impl<'a> Workshop<'a> {
     }
 }
 
-fn sizes_of(layers: &[SharedLayer]) -> HashMap<String, u64> {
-    let size = |layer: &SharedLayer| {
-        let layer = lock(layer);
-        layer.plain_bytes.map(|bytes| (layer.wanted.path.clone(), bytes))
-    };
-    layers.iter().filter_map(size).collect()
+fn verified(layers: &[SharedLayer]) -> Verified {
+    layers.iter().filter_map(|layer| lock(layer).verified()).collect()
 }
 
-/// All layers of an image, or none of those that it brought.
-fn ingest_image(ingest: &mut Ingest<'_>, layers: &[SharedLayer]) -> Result<(), ConvertError> {
-    let mut brought = Vec::new();
-    let result = bring_layers(ingest, layers, &mut brought);
-    // If it is not sound, all of the transaction goes.
-    if result.is_err() && ingest.is_sound() {
-        for path in &brought {
-            ingest.remove(path)?;
-        }
-    }
-    result
-}
-
+/// Ingests the layers of an image and notes which it brought.
 fn bring_layers(
     ingest: &mut Ingest<'_>,
     layers: &[SharedLayer],
