@@ -263,6 +263,8 @@ fn the_loop_keeps_links_true_and_removes_flat_trees_after_the_grace() {
     };
     registry.push("app", "1", &app("first")).unwrap();
     registry.push("gone", "1", &app("gone")).unwrap();
+    // What app:1 becomes, under another name.
+    registry.push("twin", "1", &app("second")).unwrap();
     let repository = Published::create("wishes.example.org").unwrap();
     let recipe = repository.scratch().join("wishes.yaml");
     let wish = |images: &[&str]| {
@@ -284,9 +286,9 @@ fn the_loop_keeps_links_true_and_removes_flat_trees_after_the_grace() {
         let text = run_binary("docker2cvmfs", &arguments).unwrap().success().unwrap();
         serde_json::from_str(&text).unwrap()
     };
-    wish(&["app:1", "gone:1"]);
-    assert_eq!(round(&[])["converted"], 2);
-    assert_eq!(round(&[])["unchanged"], 2);
+    wish(&["app:1", "gone:1", "twin:1"]);
+    assert_eq!(round(&[])["converted"], 3);
+    assert_eq!(round(&[])["unchanged"], 3);
     registry.push("app", "1", &app("second")).unwrap();
     wish(&["app:1"]);
     assert_eq!(round(&[])["converted"], 1);
