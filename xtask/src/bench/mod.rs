@@ -9,7 +9,7 @@ mod read;
 mod start;
 mod syscall;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -31,6 +31,10 @@ pub struct Options {
     /// Print one JSON document instead of the table
     #[arg(long)]
     json: bool,
+    /// Work in a new directory below this one: another disk, or an emptier part of this one. What is measured creates
+    /// many files, and how long that takes depends on the place
+    #[arg(long, value_name = "DIR")]
+    directory: Option<PathBuf>,
 }
 
 /// One line of the result.
@@ -101,7 +105,10 @@ pub fn run(options: &Options) -> Result<()> {
         }
     }
     let wanted = |name: &str| options.names.is_empty() || options.names.iter().any(|other| other == name);
-    let home = workspace_root().join("target/bench");
+    let home = match &options.directory {
+        Some(directory) => std::path::absolute(directory)?.join("cvmfs-bench"),
+        None => workspace_root().join("target/bench"),
+    };
     std::fs::create_dir_all(&home)?;
     spread_directories_below(&home);
     scratch::use_base(&home);
