@@ -80,6 +80,19 @@ pub enum ConvertError {
         /// Why, and what to do.
         reason: String,
     },
+    /// The image was fetched before, and has not changed since.
+    #[error(
+        "{error}; it has not changed, and is fetched again not before {until} (to have it fetched now, remove {})",
+        record.display()
+    )]
+    KnownUnfit {
+        /// What is wrong with it.
+        error: String,
+        /// When it is tried again.
+        until: String,
+        /// The record of the failure.
+        record: PathBuf,
+    },
     /// The policy does not let the image pass.
     #[error("{image} is refused by the policy (scope {scope}): {reason}")]
     Refused {
@@ -199,6 +212,18 @@ impl ConvertError {
         )
     }
 
+    /// Whether the image itself is at fault: fetching it again is of no use as long as it does not change.
+    pub(crate) fn is_of_the_image(&self) -> bool {
+        let is_at_fault = match self {
+            Self::Ingest { cause, .. } => {
+                matches!(cause, PublishError::Input(_) | PublishError::Tar(_) | PublishError::Entry { .. })
+            }
+            Self::Registry(error) => matches!(error, RegistryError::WrongDigest { .. }),
+            _ => false,
+        };
+        is_at_fault && !is_of_the_system(self)
+    }
+
     /// The message with all its causes in one line.
     pub fn full_message(&self) -> String {
         let mut text = self.to_string();
@@ -214,6 +239,18 @@ impl ConvertError {
         }
         text
     }
+}
+
+/// Whether a system call failed.
+fn is_of_the_system(error: &ConvertError) -> bool {
+    let mut cause = error.source();
+    while let Some(current) = cause {
+        if current.downcast_ref::<io::Error>().is_some_and(|error| error.raw_os_error().is_some()) {
+            return true;
+        }
+        cause = current.source();
+    }
+    false
 }
 
 fn is_out_of_space(error: &io::Error) -> bool {

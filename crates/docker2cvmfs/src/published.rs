@@ -15,6 +15,7 @@ use cvmfs_publish::head::Head;
 use cvmfs_publish::keys::KeyFiles;
 use cvmfs_publish::storage::{self, Scratch, Storage};
 use cvmfs_publish::{PublishError, system_clock};
+use serde::de::DeserializeOwned;
 
 use crate::failure::ConvertError;
 
@@ -88,6 +89,24 @@ impl Published {
             self.unpack(&ObjectName::new(hash, ObjectKind::File), compression, limit, &mut bytes)?;
         }
         Ok(Some(bytes))
+    }
+
+    /// The JSON document at a path; an empty one if there is none. `None` if what is there is something else, which is
+    /// to be left alone then: others rely on it.
+    pub(crate) fn document<T: DeserializeOwned + Default>(
+        &mut self,
+        path: &str,
+        limit: u64,
+    ) -> Result<Option<T>, ConvertError> {
+        let bytes = self.file(path, limit)?;
+        if bytes.is_none() && !self.exists(path)? {
+            return Ok(Some(T::default()));
+        }
+        let document = bytes.as_deref().and_then(|bytes| serde_json::from_slice(bytes).ok());
+        if document.is_none() {
+            tracing::warn!(path, "is not what its name says, and is left as it is");
+        }
+        Ok(document)
     }
 
     fn lookup(&mut self, path: &str) -> Result<Option<Entry>, ConvertError> {

@@ -26,6 +26,8 @@ const PARALLEL_DOWNLOADS: usize = 3;
 const INGESTED_PER_SECOND: f64 = 20e6;
 /// Between two estimates of when the downloads end.
 const ESTIMATE_PAUSE: Duration = Duration::from_millis(50);
+/// Bytes of a blob whose blocks take time to be freed.
+const LARGE_BLOB: u64 = 1 << 20;
 /// What is copied at a time.
 const PIECE_BYTES: usize = 256 << 10;
 
@@ -40,27 +42,41 @@ pub(crate) struct Wanted {
     pub(crate) path: String,
 }
 
+/// What layers unpack to, by their paths: diff id and bytes of those that were unpacked.
+pub(crate) type Verified = HashMap<String, (Digest, u64)>;
+
 /// A layer whose blob is here and right.
 #[derive(Debug)]
 pub(crate) struct SpooledLayer {
     pub(crate) wanted: Wanted,
     /// Bytes that it unpacks to, once it was unpacked.
     pub(crate) plain_bytes: Option<u64>,
-    blob: File,
+    blob: Blob,
+}
+
+/// A blob as it came. Closing it frees its blocks, for which file systems that tell their disk (`discard`) make the
+/// caller wait; nobody has to.
+#[derive(Debug)]
+struct Blob(Option<File>);
+
+impl Drop for Blob {
+    fn drop(&mut self) {
+        let Some(file) = self.0.take() else { return };
+        if file.metadata().is_ok_and(|blob| blob.len() >= LARGE_BLOB) {
+            // Without a thread, the closure is dropped at once, and the file with it.
+            let _ = std::thread::Builder::new().spawn(move || drop(file));
+        }
+    }
 }
 
 impl SpooledLayer {
     /// The layer as uncompressed archive; the diff id is verified at its end.
     pub(crate) fn open(&mut self) -> io::Result<LayerStream<&mut File>> {
-        self.blob.rewind()?;
-        LayerStream::new(&mut self.blob, &self.wanted.diff_id, MAX_LAYER_BYTES)
+        let blob = self.blob.0.as_mut().ok_or(io::ErrorKind::NotFound)?;
+        blob.rewind()?;
+        LayerStream::new(blob, &self.wanted.diff_id, MAX_LAYER_BYTES)
     }
-}
 
-/// What layers unpack to, by their paths: diff id and bytes of those that were unpacked.
-pub(crate) type Verified = HashMap<String, (Digest, u64)>;
-
-impl SpooledLayer {
     /// What the layer unpacks to, once it was unpacked.
     pub(crate) fn verified(&self) -> Option<(String, (Digest, u64))> {
         let bytes = self.plain_bytes?;
@@ -112,7 +128,7 @@ pub(crate) fn download_while<R>(
             scope.spawn(|| downloads.work(directory, progress));
         }
         let _stop = Stop(&downloads);
-        consumer(Arrivals { downloads: &downloads, next: 0, ready_bytes: 0 })
+        consumer(Arrivals { downloads: &downloads, next: 0 })
     })
 }
 
@@ -198,8 +214,6 @@ pub(crate) struct Arrivals<'a> {
     downloads: &'a Downloads<'a>,
     /// The first that was not yet given.
     next: usize,
-    /// Bytes of those that were complete at the last look.
-    ready_bytes: u64,
 }
 
 impl Arrivals<'_> {
@@ -217,7 +231,7 @@ impl Arrivals<'_> {
     ///
     /// # Errors
     /// That of the download that failed.
-    pub(crate) fn wait_until_worthwhile(&mut self) -> Result<(), ConvertError> {
+    pub(crate) fn wait_until_worthwhile(&self) -> Result<(), ConvertError> {
         let mut state = self.downloads.lock();
         loop {
             if let Some(error) = state.failure.take() {
@@ -225,12 +239,11 @@ impl Arrivals<'_> {
             }
             let complete =
                 self.downloads.wanted.iter().zip(&state.done).take_while(|(_, done)| done.is_some());
-            let (mut count, mut bytes) = (0, 0);
-            for (wanted, _) in complete {
-                (count, bytes) = (count + 1, bytes + wanted.blob.size);
-            }
-            self.ready_bytes = bytes;
-            if count == self.downloads.wanted.len() || state.running == 0 || self.is_worthwhile() {
+            let complete: Vec<u64> = complete.map(|(wanted, _)| wanted.blob.size).collect();
+            if complete.len() == self.downloads.wanted.len()
+                || state.running == 0
+                || self.is_worthwhile(complete.iter().sum())
+            {
                 return Ok(());
             }
             let waited = self.downloads.arrived.wait_timeout(state, ESTIMATE_PAUSE);
@@ -238,13 +251,13 @@ impl Arrivals<'_> {
         }
     }
 
-    fn is_worthwhile(&self) -> bool {
+    fn is_worthwhile(&self, complete: u64) -> bool {
         let total: u64 = self.downloads.wanted.iter().map(|layer| layer.blob.size).sum();
         let received = self.downloads.received.load(Ordering::Relaxed).min(total);
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-        let ingesting = self.ready_bytes as f64 / (INGESTED_PER_SECOND * cores as f64);
+        let ingesting = complete as f64 / (INGESTED_PER_SECOND * cores as f64);
         let elapsed = self.downloads.started.elapsed().as_secs_f64();
-        self.ready_bytes > 0 && (total - received) as f64 * elapsed / (received.max(1)) as f64 <= ingesting
+        complete > 0 && (total - received) as f64 * elapsed / received.max(1) as f64 <= ingesting
     }
 
     /// The next layer, once it is complete; `None` after the last.
@@ -322,5 +335,5 @@ fn fetch_from(
         copied(length as u64);
     }
     meter.finish();
-    Ok(SpooledLayer { wanted: wanted.clone(), plain_bytes: None, blob: file })
+    Ok(SpooledLayer { wanted: wanted.clone(), plain_bytes: None, blob: Blob(Some(file)) })
 }

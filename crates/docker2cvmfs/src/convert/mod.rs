@@ -129,7 +129,7 @@ impl Conversion<'_> {
         let missing = plan.missing();
         report.bytes_downloaded = missing.iter().map(|layer| layer.blob.size).sum();
         let source = &plan.resolved.source;
-        let stored = spool::download_while(source, &missing, spool, self.progress, |mut arrivals| {
+        let stored = spool::download_while(source, &missing, spool, self.progress, |arrivals| {
             arrivals.wait_until_worthwhile()?;
             self.interrupt.check()?;
             let options =

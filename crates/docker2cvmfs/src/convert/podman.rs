@@ -50,18 +50,7 @@ impl PodmanStore {
     /// The store of a revision; empty if it has none. `None` if it cannot be understood: it is left alone then, for
     /// others rely on it.
     pub(crate) fn read(published: &mut Published) -> Result<Option<Self>, ConvertError> {
-        let mut read = |path: &str| -> Result<Option<Vec<Map<String, Value>>>, ConvertError> {
-            let path = format!("/{path}");
-            let bytes = published.file(&path, MAX_INDEX_BYTES)?;
-            if bytes.is_none() && !published.exists(&path)? {
-                return Ok(Some(Vec::new()));
-            }
-            let index = bytes.as_deref().and_then(|bytes| serde_json::from_slice(bytes).ok());
-            if index.is_none() {
-                tracing::warn!(path, "is no index of podman's, and is left as it is");
-            }
-            Ok(index)
-        };
+        let mut read = |path: &str| published.document(&format!("/{path}"), MAX_INDEX_BYTES);
         let (layers, images) = (read(LAYERS)?, read(IMAGES)?);
         Ok(layers.zip(images).map(|(layers, images)| Self { layers, images, is_changed: false }))
     }

@@ -175,10 +175,11 @@ impl Unpacked {
         let metadata = metadata(layer);
         let described = format!("{metadata}/layers.json");
         // What nobody has verified is not said.
-        let is_verified = self.descriptions.contains_key(&layer.path());
-        if is_verified && !ingest.exists(&format!("/{described}"))? {
+        if let Some(known) = self.descriptions.get(&layer.path())
+            && !ingest.exists(&format!("/{described}"))?
+        {
             // As DUCC has it where it does not know.
-            let size = self.descriptions.get(&layer.path()).and_then(|layer| i64::try_from(layer.size?).ok());
+            let size = known.size.and_then(|size| i64::try_from(size).ok());
             let document = json!([{
                 "id": layer.diff_id.hex(),
                 "created": image.image.config.document.get("created"),
@@ -191,7 +192,7 @@ impl Unpacked {
         }
         let path = format!("{metadata}/origin.json");
         if !self.origins.contains_key(&path) {
-            let origin = self.published_origin(&format!("/{path}"))?;
+            let origin = self.published.document(&format!("/{path}"), MAX_ORIGIN_BYTES)?;
             self.origins.insert(path.clone(), origin);
         }
         let Some(Some(origin)) = self.origins.get_mut(&path) else { return Ok(()) };
@@ -202,20 +203,6 @@ impl Unpacked {
             members.add(&path, Member::File(text));
         }
         Ok(())
-    }
-}
-
-impl Unpacked {
-    /// The list that a revision has; empty if it has none. What is there and cannot be read
-    /// is left alone: others rely on it.
-    fn published_origin(&mut self, path: &str) -> Result<Option<Origin>, ConvertError> {
-        let bytes = self.published.file(path, MAX_ORIGIN_BYTES)?;
-        let origin = bytes.as_deref().and_then(|bytes| serde_json::from_slice::<Origin>(bytes).ok());
-        if origin.is_none() && self.published.exists(path)? {
-            tracing::warn!(path, "is no list of images, and is left as it is");
-            return Ok(None);
-        }
-        Ok(Some(origin.unwrap_or_default()))
     }
 }
 

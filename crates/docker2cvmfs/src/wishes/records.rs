@@ -4,6 +4,7 @@
 //! STATE/lock                  held by the process that works on it
 //! STATE/images/HEX.json       one converted image
 //! STATE/retired/HEX.json      an image that is no longer wished for, or replaced
+//! STATE/unfit/HEX.json        an image that was fetched and cannot be published
 //! STATE/rounds.json           the last rounds
 //! STATE/repository.json       the repository's name
 //! ```
@@ -12,6 +13,7 @@
 //! the new one. What is lost costs work and nothing else: an image without a record is
 //! looked at again, and its layers are found in the repository.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -24,6 +26,8 @@ use crate::failure::ConvertError;
 
 /// Largest accepted record; an image has at most a few hundred layers.
 const MAX_RECORD_BYTES: u64 = 4 << 20;
+/// Directories of records.
+const BELOW: [&str; 3] = ["images", "retired", "unfit"];
 
 /// A converted image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,6 +83,30 @@ pub(super) struct RetiredRecord {
     pub(super) since: i64,
 }
 
+/// An image that was fetched and turned out to be unfit: what its layers hold is not what it says, or breaks a rule.
+/// Until it changes, it is fetched again only now and then.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct UnfitRecord {
+    /// The image as the list means it.
+    image: String,
+    /// Digest of what the name led to.
+    top_digest: String,
+    /// What is wrong with it.
+    error: String,
+    /// How often this was found out.
+    times: u32,
+    /// When it was found out last, Unix time.
+    since: i64,
+}
+
+impl UnfitRecord {
+    /// When it is fetched again, Unix time: an hour later, and twice as long each time, but within a day.
+    fn due(&self) -> i64 {
+        let hours = 1_i64.checked_shl(self.times.saturating_sub(1)).unwrap_or(i64::MAX);
+        self.since.saturating_add(hours.clamp(1, 24) * 3600)
+    }
+}
+
 impl ImageRecord {
     /// All it has in the repository.
     pub(super) fn paths(&self) -> impl Iterator<Item = &str> {
@@ -103,7 +131,7 @@ impl Records {
     /// Opens the directory of a repository's records and makes it if necessary.
     pub(super) fn open(directory: &Path, fqrn: &str) -> Result<Self, ConvertError> {
         let failed = |cause| failed(directory, cause);
-        for below in ["images", "retired"] {
+        for below in BELOW {
             fs::create_dir_all(directory.join(below)).map_err(failed)?;
         }
         let lock = File::options().create(true).truncate(false).write(true).open(directory.join("lock"));
@@ -163,6 +191,7 @@ impl Records {
             self.retire(&before, now)?;
         }
         self.write(&self.image_file(&record.image), record)?;
+        self.remove(&self.unfit_file(&record.image))?;
         // It is wished for again: another grace begins when it leaves again.
         self.remove(&self.retired_file(record))
     }
@@ -171,6 +200,51 @@ impl Records {
     pub(super) fn take_off(&self, record: &ImageRecord, now: i64) -> Result<(), ConvertError> {
         self.retire(record, now)?;
         self.remove(&self.image_file(&record.image))
+    }
+
+    /// Notes that an image was fetched and turned out to be unfit.
+    pub(super) fn note_unfit(
+        &self,
+        image: &str,
+        top_digest: &str,
+        error: &str,
+        now: i64,
+    ) -> Result<(), ConvertError> {
+        let before = self.unfit_record(image, top_digest).map_or(0, |before| before.times);
+        let record = UnfitRecord {
+            image: image.to_owned(),
+            top_digest: top_digest.to_owned(),
+            error: error.to_owned(),
+            times: before.saturating_add(1),
+            since: now,
+        };
+        self.write(&self.unfit_file(image), &record)
+    }
+
+    /// That an image is known to be unfit, and is not to be fetched again now.
+    pub(super) fn unfit(&self, image: &str, top_digest: &str, now: i64) -> Option<ConvertError> {
+        let record = self.unfit_record(image, top_digest)?;
+        // A clock that was set back does not make it wait for longer.
+        let waits = (record.since..record.due()).contains(&now);
+        waits.then(|| ConvertError::KnownUnfit {
+            error: record.error.clone(),
+            until: super::rfc3339(record.due()),
+            record: self.unfit_file(image),
+        })
+    }
+
+    /// Forgets what is known of images that are not among these.
+    pub(super) fn keep_unfit(&self, images: &HashSet<String>) -> Result<(), ConvertError> {
+        let (records, _) = self.all::<UnfitRecord>("unfit")?;
+        for record in records.iter().filter(|record| !images.contains(&record.image)) {
+            self.remove(&self.unfit_file(&record.image))?;
+        }
+        Ok(())
+    }
+
+    fn unfit_record(&self, image: &str, top_digest: &str) -> Option<UnfitRecord> {
+        let record: UnfitRecord = read(&self.unfit_file(image))?;
+        (record.image == image && record.top_digest == top_digest).then_some(record)
     }
 
     /// Forgets a retired image whose layers are gone.
@@ -195,6 +269,10 @@ impl Records {
 
     fn image_file(&self, image: &str) -> PathBuf {
         self.directory.join("images").join(file_name(&[image]))
+    }
+
+    fn unfit_file(&self, image: &str) -> PathBuf {
+        self.directory.join("unfit").join(file_name(&[image]))
     }
 
     fn retired_file(&self, record: &ImageRecord) -> PathBuf {
@@ -243,10 +321,8 @@ impl Records {
 
     /// Files that a killed process did not finish.
     fn remove_remains(&self) {
-        for directory in
-            [self.directory.clone(), self.directory.join("images"), self.directory.join("retired")]
-        {
-            for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        for directory in ["."].iter().chain(&BELOW) {
+            for entry in fs::read_dir(self.directory.join(directory)).into_iter().flatten().flatten() {
                 if entry.file_name().to_string_lossy().starts_with(".new-") {
                     let _ = fs::remove_file(entry.path());
                 }
@@ -330,6 +406,32 @@ mod tests {
         let dates: Vec<i64> = records.everything().unwrap().1.iter().map(|retired| retired.since).collect();
         assert_eq!(dates.len(), 2);
         assert!(dates.contains(&30) && dates.contains(&40), "{dates:?}");
+    }
+
+    #[test]
+    fn an_unfit_image_is_fetched_again_after_an_hour_then_after_two_and_at_once_when_it_changed() {
+        const HOUR: i64 = 3600;
+        let directory = tempfile::tempdir().unwrap();
+        let records = Records::open(directory.path(), "r.example.org").unwrap();
+        let waits = |digest: &str, now| records.unfit("r.org/a:1", digest, now).is_some();
+        records.note_unfit("r.org/a:1", "one", "it lies", 0).unwrap();
+        assert!(waits("one", 0) && waits("one", HOUR - 1) && !waits("one", HOUR) && !waits("one", -1));
+        let told = records.unfit("r.org/a:1", "one", 10).unwrap().to_string();
+        assert!(told.contains("it lies") && told.contains("1970-01-01T01:00:00Z"), "{told}");
+        records.note_unfit("r.org/a:1", "one", "it lies", HOUR).unwrap();
+        assert!(waits("one", 3 * HOUR - 1) && !waits("one", 3 * HOUR));
+        for _ in 0..100 {
+            records.note_unfit("r.org/a:1", "one", "it lies", 0).unwrap();
+        }
+        assert!(waits("one", 24 * HOUR - 1) && !waits("one", 24 * HOUR));
+        assert!(!waits("two", 0));
+        records.note_unfit("r.org/a:1", "two", "it lies", 0).unwrap();
+        assert!(waits("two", 0) && !waits("two", HOUR), "another image begins anew");
+        records.keep(&record("r.org/a:1", "two"), 1).unwrap();
+        assert!(!waits("two", 1));
+        records.note_unfit("r.org/a:1", "two", "it lies", 0).unwrap();
+        records.keep_unfit(&HashSet::new()).unwrap();
+        assert!(!waits("two", 0));
     }
 
     #[test]

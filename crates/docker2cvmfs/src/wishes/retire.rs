@@ -38,6 +38,7 @@ pub(super) fn unwished(
         }
     }
     if !round.request.dry_run {
+        round.records.keep_unfit(&wished)?;
         (_, retired) = round.records.everything()?;
     }
     // The layers of a wished image without a record are not known, if it failed in this round.
@@ -102,9 +103,10 @@ fn remove(
     for path in others {
         ingest.remove(path)?;
     }
-    let ids: HashSet<String> = others.iter().filter_map(|path| unpacked_image(path)).collect();
+    let ids: HashSet<String> = others.iter().filter_map(|path| digest_in("/.flat/", path)).collect();
     let names: BTreeSet<&str> = others.iter().filter_map(|path| path.strip_prefix(METADATA)).collect();
-    let blobs: HashSet<String> = layers.iter().filter_map(|path| unpacked_blob(path)).collect();
+    let blobs: HashSet<String> =
+        layers.iter().filter_map(|path| digest_in("/.layers/", whole_layer(path))).collect();
     if !(ids.is_empty() && names.is_empty() && blobs.is_empty())
         && let Some(mut podman) = PodmanStore::read(&mut round.published()?)?
     {
@@ -123,15 +125,9 @@ fn remove(
     Ok(())
 }
 
-/// The id of the image that a flat tree is of.
-fn unpacked_image(path: &str) -> Option<String> {
-    let (_, id) = path.strip_prefix("/.flat/")?.split_once('/')?;
-    Some(id.to_owned())
-}
-
-/// The blob that a layer is of.
-fn unpacked_blob(path: &str) -> Option<String> {
-    let (_, hex) = whole_layer(path).strip_prefix("/.layers/")?.split_once('/')?;
+/// The digest by which `path` is named if it lies in `directory`, below a directory with its first two digits.
+fn digest_in(directory: &str, path: &str) -> Option<String> {
+    let (_, hex) = path.strip_prefix(directory)?.split_once('/')?;
     Some(hex.to_owned())
 }
 

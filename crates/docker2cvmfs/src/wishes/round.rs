@@ -29,6 +29,8 @@ use crate::spool;
 /// Questions to registries at the same time. They are small; registries see as many from
 /// one engine that pulls a few images.
 const QUESTIONS: usize = 16;
+/// The cause of a round that began by the clock.
+const SCHEDULE: &str = "schedule";
 
 /// What a round works with.
 #[derive(Debug)]
@@ -71,7 +73,7 @@ impl Round<'_> {
             fqrn: self.recipe.fqrn.clone(),
             started: super::rfc3339(cvmfs_publish::system_clock()),
             dry_run: self.request.dry_run,
-            cause: if notices.is_some() { "notification" } else { "schedule" }.to_owned(),
+            cause: if notices.is_some() { "notification" } else { SCHEDULE }.to_owned(),
             ..RoundReport::default()
         };
         let concerned = |wish: &super::recipe::Wish| match notices {
@@ -124,6 +126,11 @@ impl Round<'_> {
                 Ok(Look::Differs(plan)) => Ok(plan),
                 Err(error) => Err(error),
             };
+            // Who notifies has a reason.
+            let plan = match plan {
+                Ok(plan) if report.cause == SCHEDULE => self.unless_unfit(image, plan),
+                plan => plan,
+            };
             match plan {
                 Ok(mut plan) => {
                     plan.compare(published)?;
@@ -140,6 +147,14 @@ impl Round<'_> {
             }
         }
         Ok(work)
+    }
+
+    fn unless_unfit(&self, image: &WishedImage, plan: Box<Plan>) -> Result<Box<Plan>, ConvertError> {
+        let (image, digest) = (image.reference.to_string(), plan.resolved.top_digest.to_string());
+        match self.records.unfit(&image, &digest, cvmfs_publish::system_clock()) {
+            Some(error) => Err(error),
+            None => Ok(plan),
+        }
     }
 
     fn look_at(&self, image: &WishedImage) -> Result<Look, ConvertError> {

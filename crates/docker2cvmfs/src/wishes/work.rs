@@ -90,12 +90,31 @@ impl<'a> Workshop<'a> {
     fn fetch_all(&'a self, to_publish: &Sender<Fetched<'a>>) {
         while let Some(work) = self.next() {
             let described = outcome(&work, ImageState::Failed);
+            let top_digest = work.plan.resolved.top_digest.to_string();
             match self.fetch(work) {
                 Ok(fetched) => {
                     // The publisher outlives this thread.
                     let _ = to_publish.send(fetched);
                 }
-                Err(error) => self.failed(described, &error),
+                Err(error) => {
+                    self.note_unfit(&described.image, &top_digest, &error);
+                    self.failed(described, &error);
+                }
+            }
+        }
+    }
+
+    /// What is at fault itself is not fetched again in each round.
+    fn note_unfit(&self, image: &str, top_digest: &str, error: &ConvertError) {
+        if error.is_of_the_image() {
+            let now = cvmfs_publish::system_clock();
+            let noted = self.round.records.note_unfit(image, top_digest, &error.full_message(), now);
+            if let Err(error) = noted {
+                tracing::warn!(
+                    image,
+                    error = error.full_message(),
+                    "will be fetched again in the next round"
+                );
             }
         }
     }
@@ -226,7 +245,10 @@ impl<'a> Workshop<'a> {
                 Ok(()) => good.push(image),
                 Err(error) if error.is_interruption() => return Err(ConvertError::Interrupted),
                 Err(error) => {
-                    self.failed(outcome(&image.work, ImageState::Failed), &error);
+                    let described = outcome(&image.work, ImageState::Failed);
+                    let top_digest = image.work.plan.resolved.top_digest.to_string();
+                    self.note_unfit(&described.image, &top_digest, &error);
+                    self.failed(described, &error);
                     if !ingest.is_sound() {
                         good.extend(rest);
                         return Ok(Ingested::Again(good));

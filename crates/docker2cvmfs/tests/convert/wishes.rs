@@ -133,6 +133,18 @@ fn row_105_an_image_that_cannot_be_converted_leaves_the_others_alone() {
     assert!(place.has_layer(&app("a"), 1) && place.has_layer(&app("c"), 1) && !place.has_layer(&damaged, 1));
     assert!(place.registry.manifest("thin/b", "1").is_err());
     place.assert_consistent();
+    // As long as it does not change, it is not fetched again, unless somebody wants it.
+    let fetched = |place: &Workplace| {
+        let blob = format!("GET /v2/b/blobs/{}", damaged.layers[1].digest());
+        place.registry.log_text().lines().filter(|line| line.contains(&blob)).count()
+    };
+    let (before, report) = (fetched(&place), place.report(&[]));
+    assert_eq!(counts(&report), [4, 2, 0, 3], "{report}");
+    assert!(report.to_string().contains("is fetched again not before"), "{report}");
+    assert_eq!(fetched(&place), before);
+    std::fs::remove_dir_all(place.path("state/unfit")).unwrap();
+    assert_eq!(counts(&place.report(&[])), [4, 2, 0, 3]);
+    assert!(fetched(&place) > before);
     // It is mended, and the next round finishes what the first one could not.
     place.registry.push("b", "1", &app("b")).unwrap();
     let report = place.report(&[]);
@@ -266,7 +278,8 @@ fn an_image_that_lies_about_a_shared_layer_spoils_only_itself() {
     assert!(place.has_layer(&app("b"), 0) && place.has_layer(&app("c"), 1) && !place.has_layer(&liar, 1));
     let after = place.revision();
     assert!(after > before);
-    // The next round tries it again, and publishes nothing.
+    // Another round tries it again, and publishes nothing.
+    std::fs::remove_dir_all(place.path("state/unfit")).unwrap();
     let report = place.report(&[]);
     assert_eq!(counts(&report)[1], 2, "{report}");
     assert_eq!(place.revision(), after);
