@@ -338,6 +338,12 @@ fn an_operator_sees_what_is_lazy_and_how_much_was_fetched() {
         assert_eq!(field("NoNewPrivs:"), "1", "{pid}");
         assert_eq!(field("Seccomp:"), "2", "{pid}: system calls are filtered");
     }
+    // The worker, who reads what the network says, finds no other files than its own.
+    let modules = std::fs::read_to_string("/sys/kernel/security/lsm").unwrap_or_default();
+    if modules.contains("landlock") {
+        let said = docker.log_text();
+        assert!(said.contains("access to files is confined"), "{said}");
+    }
 
     let metrics = {
         use std::io::{Read as _, Write as _};

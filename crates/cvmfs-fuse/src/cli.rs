@@ -241,6 +241,7 @@ fn request_of(cli: &Cli, arguments: &MountArguments) -> anyhow::Result<MountRequ
         log_level: cli.log_level.clone(),
         log_json: cli.log_format == LogFormat::Json,
         log_file: (!arguments.foreground).then(|| control::log_path(&arguments.fqrn, &mountpoint)),
+        confined: false,
     })
 }
 

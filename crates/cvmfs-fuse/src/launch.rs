@@ -39,6 +39,9 @@ pub struct MountRequest {
     pub log_json: bool,
     /// Log file, bounded in size; standard error if none is given.
     pub log_file: Option<PathBuf>,
+    /// Confine the worker's access to files, where the kernel can.
+    #[serde(default)]
+    pub confined: bool,
     /// Limits and placement of the processes.
     #[serde(default)]
     pub process: ProcessSettings,

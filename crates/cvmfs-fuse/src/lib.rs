@@ -16,6 +16,7 @@
 
 mod attributes;
 pub mod cli;
+mod confinement;
 mod content;
 pub mod control;
 mod dispatch;

@@ -14,6 +14,7 @@ mod settings;
 mod syslog;
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use cvmfs_client::config::{Config, ConfigError};
@@ -53,6 +54,19 @@ pub(crate) fn start(request: &MountRequest, config: Option<&Config>) -> io::Resu
     // A second subscriber in one process is a programming error without consequences.
     let _ = tracing_subscriber::registry().with(layers).try_init();
     Ok(())
+}
+
+/// The files that a mount's log is written to, besides those that the process inherits.
+pub(crate) fn files(request: &MountRequest, config: &Config) -> Vec<PathBuf> {
+    let settings = LogSettings::from(config).ok();
+    let configured = settings.map(|settings| {
+        let instead = match settings.destination {
+            Destination::File(path) => Some(path),
+            Destination::System(_) => None,
+        };
+        [instead, settings.debug_log]
+    });
+    request.log_file.iter().cloned().chain(configured.into_iter().flatten().flatten()).collect()
 }
 
 /// Whether the configuration's settings of the log are right.

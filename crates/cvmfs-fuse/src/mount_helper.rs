@@ -241,6 +241,7 @@ fn request(
         suid_and_devices: options.layer_view || options.suid,
         log_level: "info".to_owned(),
         log_json: false,
+        confined: false,
         process: ProcessSettings::from(config).map_err(ClientError::from)?,
     })
 }

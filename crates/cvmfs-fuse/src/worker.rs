@@ -17,6 +17,7 @@ use cvmfs_client::snapshot::{Pin, Snapshot};
 use cvmfs_format::ContentHash;
 
 use crate::attributes::Presentation;
+use crate::confinement::Files;
 use crate::content::{Content, nameless_file};
 use crate::control::{self, ControlSettings};
 use crate::filesystem::{Mount, chain};
@@ -91,6 +92,9 @@ fn serve() -> Result<(), Failure> {
     let Assignment { request, last_settings } = serde_json::from_str(&line).map_err(io::Error::from)?;
     let state = Arc::new(SharedState::map(memory.as_fd())?);
     let settings = load_settings(&request, last_settings)?;
+    if request.confined {
+        confine(&request, &settings);
+    }
     let repository = match state.pin() {
         Some(pin) if state.is_answered() => {
             tracing::warn!(
@@ -201,6 +205,21 @@ fn load_settings(
         "the configuration cannot be used any more; going on with the settings of the mount"
     );
     settings_from(request, config)
+}
+
+/// What parses the world's data gets no more files than it needs. A kernel that cannot do this is no reason not to mount.
+fn confine(request: &MountRequest, settings: &Settings) {
+    let files = Files::of(request, &settings.config, &settings.client, &settings.observed);
+    match files.confine() {
+        Ok(()) => tracing::info!(
+            decision = "confinement",
+            "access to files is confined to the configuration, caches and sockets"
+        ),
+        Err(error) => tracing::warn!(
+            decision = "confinement", error = %chain(&error),
+            "access to files is not confined: that takes Linux 5.19 with Landlock"
+        ),
+    }
 }
 
 fn settings_from(request: &MountRequest, config: Config) -> Result<Settings, Failure> {

@@ -198,6 +198,7 @@ fn serve(options: &ServeOptions, log_json: bool) -> Result<()> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let idle = tokio::spawn(unmount_idle(Arc::clone(&plugin)));
+        let unused = tokio::spawn(tell_if_unused(Arc::clone(&plugin)));
         let served = tokio::spawn(server::serve(listener, plugin, stopped));
         tokio::select! {
             _ = terminate.recv() => {}
@@ -209,6 +210,7 @@ fn serve(options: &ServeOptions, log_json: bool) -> Result<()> {
             let _ = std::fs::remove_file(&options.socket);
         }
         idle.abort();
+        unused.abort();
         stop.send_replace(true);
         served.await.context("the server failed")
     })?;
@@ -219,6 +221,17 @@ fn serve(options: &ServeOptions, log_json: bool) -> Result<()> {
 
 /// How often idle repositories are looked for.
 const IDLE_CHECK: std::time::Duration = std::time::Duration::from_secs(60);
+
+/// An engine that wants the driver has asked for it by then.
+const ENGINE_PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
+
+/// An engine that cannot use the plugin does not say so to it, and hardly to anybody else.
+async fn tell_if_unused(plugin: Arc<Plugin>) {
+    tokio::time::sleep(ENGINE_PATIENCE).await;
+    if let Err(error) = plugin.driver() {
+        tracing::warn!("{error}");
+    }
+}
 
 async fn unmount_idle(plugin: Arc<Plugin>) {
     loop {

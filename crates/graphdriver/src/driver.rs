@@ -59,7 +59,12 @@ pub enum Engine {
 #[derive(Debug, thiserror::Error)]
 pub enum DriverError {
     /// A call before Init, and no state of an earlier process.
-    #[error("the driver is not initialised yet (GraphDriver.Init must come first)")]
+    #[error(
+        "the driver is not initialised: no engine has taken it as its storage driver yet, which engines do at their \
+         start. Its name must stand as \"storage-driver\" and \"experimental\": true in the engine's daemon.json; \
+         Docker 27 also wants DOCKERD_DEPRECATED_GRAPHDRIVER_PLUGINS=1 in its environment; Docker 28 and newer have \
+         no graph driver plugins"
+    )]
     NotInitialised,
     /// `Home` of Init.
     #[error("Home {0:?} is not an absolute path without '.' and '..'")]

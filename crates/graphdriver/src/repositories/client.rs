@@ -70,6 +70,7 @@ impl ClientMounts {
             log_level: tracing::level_filters::LevelFilter::current().to_string().to_ascii_lowercase(),
             log_json: self.options.log_json,
             log_file: None,
+            confined: true,
             process: cvmfs_client::config::ProcessSettings::default(),
         }
     }
