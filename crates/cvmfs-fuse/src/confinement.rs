@@ -50,9 +50,7 @@ impl Files {
 
         let mut writes: Vec<PathBuf> = DEVICES.map(PathBuf::from).into();
         writes.push(run_directory());
-        for directory in cache_directories(&client.cache.primary) {
-            writes.push(existing(directory));
-        }
+        writes.extend(cache_directories(&client.cache.primary).into_iter().map(existing));
         let metrics = observed.metrics.as_ref().and_then(|address| match address {
             MetricsAddress::Unix(path) => Some(path.as_path()),
             MetricsAddress::Loopback(_) => None,

@@ -221,36 +221,30 @@ impl ConvertError {
             Self::Registry(error) => matches!(error, RegistryError::WrongDigest { .. }),
             _ => false,
         };
-        is_at_fault && !is_of_the_system(self)
+        let is_of_the_system = |cause: &(dyn std::error::Error + 'static)| {
+            cause.downcast_ref::<io::Error>().is_some_and(|error| error.raw_os_error().is_some())
+        };
+        is_at_fault && !self.causes().any(is_of_the_system)
     }
 
     /// The message with all its causes in one line.
     pub fn full_message(&self) -> String {
         let mut text = self.to_string();
-        let mut cause = self.source();
-        while let Some(current) = cause {
-            let part = current.to_string();
+        for cause in self.causes() {
+            let part = cause.to_string();
             // Some messages quote their cause already.
             if !text.ends_with(&part) {
                 text.push_str(": ");
                 text.push_str(&part);
             }
-            cause = current.source();
         }
         text
     }
-}
 
-/// Whether a system call failed.
-fn is_of_the_system(error: &ConvertError) -> bool {
-    let mut cause = error.source();
-    while let Some(current) = cause {
-        if current.downcast_ref::<io::Error>().is_some_and(|error| error.raw_os_error().is_some()) {
-            return true;
-        }
-        cause = current.source();
+    /// What caused it, nearest first.
+    fn causes(&self) -> impl Iterator<Item = &(dyn std::error::Error + 'static)> {
+        std::iter::successors(self.source(), |&cause| cause.source())
     }
-    false
 }
 
 fn is_out_of_space(error: &io::Error) -> bool {

@@ -29,8 +29,6 @@ use crate::spool;
 /// Questions to registries at the same time. They are small; registries see as many from
 /// one engine that pulls a few images.
 const QUESTIONS: usize = 16;
-/// The cause of a round that began by the clock.
-const SCHEDULE: &str = "schedule";
 
 /// What a round works with.
 #[derive(Debug)]
@@ -73,7 +71,7 @@ impl Round<'_> {
             fqrn: self.recipe.fqrn.clone(),
             started: super::rfc3339(cvmfs_publish::system_clock()),
             dry_run: self.request.dry_run,
-            cause: if notices.is_some() { "notification" } else { SCHEDULE }.to_owned(),
+            cause: if notices.is_some() { "notification" } else { "schedule" }.to_owned(),
             ..RoundReport::default()
         };
         let concerned = |wish: &super::recipe::Wish| match notices {
@@ -89,7 +87,9 @@ impl Round<'_> {
         report.wished = expanded.images.len() as u64;
         let mut published = self.published()?;
         report.revision = published.revision();
-        let work = self.look_at_all(&expanded.images, &mut published, &mut report)?;
+        // Who notifies has a reason to have even what is unfit fetched again.
+        let spares_unfit = notices.is_none();
+        let work = self.look_at_all(&expanded.images, spares_unfit, &mut published, &mut report)?;
         drop(published);
         self.interrupt.check()?;
 
@@ -108,6 +108,7 @@ impl Round<'_> {
     fn look_at_all(
         &self,
         images: &[WishedImage],
+        spares_unfit: bool,
         published: &mut Published,
         report: &mut RoundReport,
     ) -> Result<Vec<Work>, ConvertError> {
@@ -126,9 +127,8 @@ impl Round<'_> {
                 Ok(Look::Differs(plan)) => Ok(plan),
                 Err(error) => Err(error),
             };
-            // Who notifies has a reason.
             let plan = match plan {
-                Ok(plan) if report.cause == SCHEDULE => self.unless_unfit(image, plan),
+                Ok(plan) if spares_unfit => self.unless_unfit(image, plan),
                 plan => plan,
             };
             match plan {

@@ -96,25 +96,7 @@ impl<'a> Workshop<'a> {
                     // The publisher outlives this thread.
                     let _ = to_publish.send(fetched);
                 }
-                Err(error) => {
-                    self.note_unfit(&described.image, &top_digest, &error);
-                    self.failed(described, &error);
-                }
-            }
-        }
-    }
-
-    /// What is at fault itself is not fetched again in each round.
-    fn note_unfit(&self, image: &str, top_digest: &str, error: &ConvertError) {
-        if error.is_of_the_image() {
-            let now = cvmfs_publish::system_clock();
-            let noted = self.round.records.note_unfit(image, top_digest, &error.full_message(), now);
-            if let Err(error) = noted {
-                tracing::warn!(
-                    image,
-                    error = error.full_message(),
-                    "will be fetched again in the next round"
-                );
+                Err(error) => self.failed_itself(described, &top_digest, &error),
             }
         }
     }
@@ -247,8 +229,7 @@ impl<'a> Workshop<'a> {
                 Err(error) => {
                     let described = outcome(&image.work, ImageState::Failed);
                     let top_digest = image.work.plan.resolved.top_digest.to_string();
-                    self.note_unfit(&described.image, &top_digest, &error);
-                    self.failed(described, &error);
+                    self.failed_itself(described, &top_digest, &error);
                     if !ingest.is_sound() {
                         good.extend(rest);
                         return Ok(Ingested::Again(good));
@@ -311,6 +292,22 @@ impl<'a> Workshop<'a> {
             bytes_downloaded: image.bytes_downloaded,
         };
         self.round.records.keep(&record, now)
+    }
+
+    /// An image failed, and no other is the cause. What is at fault itself is not fetched again in each round.
+    fn failed_itself(&self, described: ImageOutcome, top_digest: &str, error: &ConvertError) {
+        if error.is_of_the_image() {
+            let (image, now) = (&described.image, cvmfs_publish::system_clock());
+            let noted = self.round.records.note_unfit(image, top_digest, &error.full_message(), now);
+            if let Err(error) = noted {
+                tracing::warn!(
+                    image,
+                    error = error.full_message(),
+                    "will be fetched again in the next round"
+                );
+            }
+        }
+        self.failed(described, error);
     }
 
     fn failed(&self, described: ImageOutcome, error: &ConvertError) {
