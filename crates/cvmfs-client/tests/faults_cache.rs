@@ -190,11 +190,13 @@ fn row_51_empty_and_foreign_files_in_the_cache_are_ignored_and_removed() {
     std::fs::write(&file, b"").unwrap();
     let foreign = store.cache().directory().join("ab/core.1234");
     std::fs::write(&foreign, b"dump").unwrap();
-    std::os::unix::fs::symlink("/etc/passwd", store.cache().directory().join("ab/link")).unwrap();
+    let link = store.cache().directory().join("ab/link");
+    std::os::unix::fs::symlink("/etc/passwd", &link).unwrap();
     assert_eq!(fetch(&store, &name, 5000), plain);
     let report = fsck(store.cache().directory(), true, &mut |_| {}).unwrap();
-    assert_eq!((report.whole, report.problems), (1, 1), "{report:?}");
-    assert!(!foreign.exists());
+    // The store, which counts a new cache in the background, may have removed it already.
+    assert!(report.whole == 1 && report.problems <= 1, "{report:?}");
+    assert!(!foreign.exists() && link.symlink_metadata().is_err());
 }
 
 #[test]
