@@ -5,6 +5,9 @@
 
 mod common;
 
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
 use serde_json::Value;
 use testkit::image::busybox_layer;
 use testkit::managed_plugin::NAME;
@@ -209,22 +212,50 @@ fn a_normal_image_is_the_same_as_on_overlay2() {
     assert_eq!(inspect[0]["GraphDriver"]["Name"], NAME);
 }
 
+/// Files of several owners that a namespace has.
+fn layer_with_owners() -> TarBuilder {
+    TarBuilder::new()
+        .directory("srv", 0o755)
+        .owner(1000, 2000)
+        .file("srv/of-a-user", 0o600, b"private")
+        .owner(0, 0)
+        .file("srv/of-root", 0o600, b"secret")
+        .file("srv/set-user-id", 0o4755, b"#!/bin/sh\n")
+}
+
+/// What a container sees of them.
+const LIST_OWNERS: &str = "cd /srv; stat -c '%n %u %g %a' . *; cat of-root of-a-user; \
+                           cd /; find bin etc | sort | xargs stat -c '%n %u %g %a'";
+
+/// An engine whose containers live in a user namespace, and the directory that its plugin mounts into.
+fn engine_with_user_namespace() -> (ThinEngine, PathBuf) {
+    let dockerd = Dockerd::builder().argument("--userns-remap=default");
+    let engine = ThinEngine::start_on(dockerd, &testkit::binary("cvmfs-graphdriver")).unwrap();
+    // The engine keeps the directories of plugins to itself; root of the namespace must come through them.
+    let id = engine.dockerd.docker(&["plugin", "inspect", "--format", "{{.ID}}", NAME]).unwrap();
+    let root = engine.dockerd.docker(&["info", "--format", "{{.DockerRootDir}}"]).unwrap();
+    let plugins = Path::new(&root).join("plugins");
+    let propagated = plugins.join(&id).join("propagated-mount");
+    for closed in [plugins.clone(), plugins.join(&id), propagated.clone()] {
+        use std::os::unix::fs::PermissionsExt;
+        let mode = std::fs::metadata(&closed).unwrap().permissions().mode();
+        std::fs::set_permissions(&closed, std::fs::Permissions::from_mode(mode | 0o011)).unwrap();
+    }
+    (engine, propagated)
+}
+
+/// `Dockerd::run` uses the host's network, which belongs to another namespace.
+fn run_in_namespace(docker: &Dockerd, image: &str, script: &str) -> String {
+    docker.docker(&["run", "--rm", "--network=none", image, "/bin/sh", "-c", script]).unwrap()
+}
+
 #[test]
 fn with_a_user_namespace_normal_and_thin_images_show_the_same_owners_and_work_alike() {
     let world = World::new("userns.example.org");
-    let inside = || {
-        TarBuilder::new()
-            .directory("srv", 0o755)
-            .owner(1000, 2000)
-            .file("srv/of-a-user", 0o600, b"private")
-            .owner(0, 0)
-            .file("srv/of-root", 0o600, b"secret")
-            .file("srv/set-user-id", 0o4755, b"#!/bin/sh\n")
-    };
     // An owner outside of the namespace is refused by the engine for normal images.
-    let content = inside().owner(70_000, 70_001).file("srv/outside", 0o644, b"x");
+    let content = layer_with_owners().owner(70_000, 70_001).file("srv/outside", 0o644, b"x");
     let busybox = busybox_layer().unwrap().finish();
-    world.registry.push("inside", "1", &Image::new([busybox.clone(), inside().finish()])).unwrap();
+    world.registry.push("inside", "1", &Image::new([busybox.clone(), layer_with_owners().finish()])).unwrap();
     world.registry.push("outside", "1", &Image::new([busybox, content.finish()])).unwrap();
     let thin = |name: &str| {
         let thin = world.registry.reference(&format!("thin/{name}"), "1");
@@ -232,31 +263,16 @@ fn with_a_user_namespace_normal_and_thin_images_show_the_same_owners_and_work_al
         thin
     };
     let (thin_inside, thin_outside) = (thin("inside"), thin("outside"));
-    let dockerd = Dockerd::builder().argument("--userns-remap=default");
-    let engine = ThinEngine::start_on(dockerd, &testkit::binary("cvmfs-graphdriver")).unwrap();
+    let (engine, _) = engine_with_user_namespace();
     engine.etc.add_published(&world.repository).unwrap();
     let docker = &engine.dockerd;
-    // The engine keeps the directories of plugins to itself; root of the namespace must come through them.
-    let id = docker.docker(&["plugin", "inspect", "--format", "{{.ID}}", NAME]).unwrap();
-    let root = docker.docker(&["info", "--format", "{{.DockerRootDir}}"]).unwrap();
-    let plugins = std::path::Path::new(&root).join("plugins");
-    for closed in [plugins.clone(), plugins.join(&id), plugins.join(&id).join("propagated-mount")] {
-        use std::os::unix::fs::PermissionsExt;
-        let mode = std::fs::metadata(&closed).unwrap().permissions().mode();
-        std::fs::set_permissions(&closed, std::fs::Permissions::from_mode(mode | 0o011)).unwrap();
-    }
-    // `run` uses the host's network, which belongs to another namespace.
-    let run = |image: &str, script: &str| {
-        docker.docker(&["run", "--rm", "--network=none", image, "/bin/sh", "-c", script]).unwrap()
-    };
-    let list = "cd /srv; stat -c '%n %u %g %a' . *; cat of-root of-a-user; \
-                cd /; find bin etc | sort | xargs stat -c '%n %u %g %a'";
-    let expected = run(&world.registry.reference("inside", "1"), list);
+    let run = |image: &str, script: &str| run_in_namespace(docker, image, script);
+    let expected = run(&world.registry.reference("inside", "1"), LIST_OWNERS);
     assert!(
         expected.contains("of-a-user 1000 2000 600") && expected.contains("set-user-id 0 0 4755"),
         "{expected}"
     );
-    assert_eq!(run(&thin_inside, list), expected);
+    assert_eq!(run(&thin_inside, LIST_OWNERS), expected);
     let change = "chown 5:6 /srv/of-a-user && echo more >> /srv/of-root && stat -c '%u %g' /srv/of-a-user /srv/of-root; \
                   cat /srv/of-root";
     assert_eq!(run(&thin_inside, change), "5 6\n0 0\nsecretmore");
@@ -272,6 +288,40 @@ fn with_a_user_namespace_normal_and_thin_images_show_the_same_owners_and_work_al
     docker.docker(&["commit", "changed", "committed"]).unwrap();
     assert_eq!(run("committed", "stat -c '%u %g' /srv/of-a-user; cat /srv/of-root"), "5 6\nsecretmore");
     docker.docker(&["rm", "changed"]).unwrap();
+}
+
+#[test]
+fn a_repository_that_the_host_mounts_shows_the_owners_of_the_user_namespace_by_an_id_mapped_mount() {
+    let world = World::new("mapped.example.org");
+    let busybox = busybox_layer().unwrap().finish();
+    world.registry.push("app", "1", &Image::new([busybox, layer_with_owners().finish()])).unwrap();
+    let (normal, thin) = (world.registry.reference("app", "1"), world.registry.reference("thin/app", "1"));
+    world.repository.convert(&normal, &["--output", &thin]).unwrap();
+    let (mut engine, propagated) = engine_with_user_namespace();
+    engine.dockerd.add_argument("--storage-opt=cvmfsMountMethod=external");
+    engine.dockerd.restart().unwrap();
+    let docker = &engine.dockerd;
+    let expected = run_in_namespace(docker, &normal, LIST_OWNERS);
+
+    // The host's client, which knows of no namespace.
+    let mountpoint = propagated.join("cvmfs/graphdriver/cvmfs").join(&world.repository.fqrn);
+    std::fs::create_dir_all(&mountpoint).unwrap();
+    let config =
+        format!("config={},layer_view,allow_other,suid", world.repository.client_config().unwrap().display());
+    let place = mountpoint.to_str().unwrap();
+    let mount = ["mount", world.repository.fqrn.as_str(), place, "-o", config.as_str()];
+    testkit::published::run_binary("cvmfs-client", &mount).unwrap().success().unwrap();
+    assert_eq!(std::fs::metadata(&mountpoint).unwrap().uid(), 0);
+    assert_eq!(run_in_namespace(docker, &thin, LIST_OWNERS), expected);
+    let change = "chown 5:6 /srv/of-a-user && echo more >> /srv/of-root && cat /srv/of-root";
+    assert_eq!(run_in_namespace(docker, &thin, change), "secretmore");
+    let info = docker.docker(&["info"]).unwrap();
+    assert!(info.contains("mapped.example.org: mounted by the host, id-mapped"), "{info}");
+
+    // The mapped mount goes with the engine, and the engine takes the host's one, too.
+    engine.dockerd.stop_only();
+    let left = testkit::mounts::below(&propagated);
+    assert!(left.is_empty(), "{left:?}");
 }
 
 #[test]

@@ -22,17 +22,19 @@ pub(crate) enum SessionError {
 }
 
 /// Answers the kernel's INIT, or learns from its record what a predecessor agreed upon: a
-/// connection keeps its settings for life, whatever configuration and program say now.
+/// connection keeps its settings for life, whatever configuration and program say now. `asks_who_calls`: the
+/// repository is protected.
 pub(crate) fn connect(
     state: &SharedState,
     device: &OwnedFd,
     settings: &KernelSettings,
+    asks_who_calls: bool,
 ) -> Result<Agreement, SessionError> {
     let offer = Offer::parse(&state.init(), test_fault::kernel_minor())?;
     if state.is_answered() {
         return Ok(agreed_in(&offer, &state.reply()));
     }
-    let (reply, agreement) = offer.answer(wanted(settings));
+    let (reply, agreement) = offer.answer(wanted(settings, asks_who_calls));
     state.record_reply(&reply).map_err(SessionError::Answer)?;
     rustix::io::write(device, &reply).map_err(|error| SessionError::Answer(error.into()))?;
     state.set_answered();
@@ -40,7 +42,7 @@ pub(crate) fn connect(
 }
 
 /// The capabilities that a mount with these settings asks for.
-fn wanted(settings: &KernelSettings) -> u64 {
+fn wanted(settings: &KernelSettings, asks_who_calls: bool) -> u64 {
     let mut wanted = capability::ASYNC_READ
         | capability::DO_READDIRPLUS
         | capability::PARALLEL_DIROPS
@@ -52,6 +54,9 @@ fn wanted(settings: &KernelSettings) -> u64 {
         | capability::HAS_RESEND;
     if matches!(settings.profile, ProfileChoice::Auto | ProfileChoice::Passthrough) {
         wanted |= capability::PASSTHROUGH;
+    }
+    if settings.id_mapped && !asks_who_calls {
+        wanted |= capability::ALLOW_IDMAP;
     }
     if settings.cache_symlinks {
         wanted |= capability::CACHE_SYMLINKS;

@@ -118,9 +118,10 @@ fn serve() -> Result<(), Failure> {
     }
     drop(input);
     state.count_worker();
-    let agreement = session::connect(&state, &device, &settings.kernel)?;
+    let is_protected = repository.snapshot().requirement().is_some();
+    let agreement = session::connect(&state, &device, &settings.kernel, is_protected)?;
     let handles = Handles::restore(state.clone(), device.try_clone()?);
-    let must_see_opens = repository.snapshot().requirement().is_some() || settings.kernel.writable;
+    let must_see_opens = is_protected || settings.kernel.writable;
     let chosen = profile::choose(settings.kernel.profile, must_see_opens, &agreement, &state, || {
         nameless_file(repository.store().cache().directory()).and_then(|file| handles.sweep(&file))
     });

@@ -281,7 +281,10 @@ fn mounts(options: &ServeOptions, log_json: bool) -> MountsFactory {
     Box::new(move |home, options, id_maps| {
         let directory = home.join("cvmfs");
         Ok(match options.mount_method {
-            MountMethod::External => Arc::new(ExternalMounts::new(&directory)),
+            MountMethod::External => {
+                let mapped = home.join(STATE_DIRECTORY).join("mapped");
+                Arc::new(ExternalMounts::new(&directory, id_maps, &mapped))
+            }
             MountMethod::Internal => {
                 let cache = cache.clone().unwrap_or_else(|| home.join(STATE_DIRECTORY).join("cache"));
                 let mut parameters = options.client.overrides();

@@ -12,7 +12,7 @@ use rustix::thread::{
 };
 
 /// Mounts and the attributes of overlays; layers with any owner, mode, device and file capability; ending clients;
-/// their limits of open files.
+/// the mapping of owners into the engine's user namespace; limits of open files.
 const NEEDED: CapabilitySet = CapabilitySet::SYS_ADMIN
     .union(CapabilitySet::MKNOD)
     .union(CapabilitySet::CHOWN)
@@ -21,6 +21,8 @@ const NEEDED: CapabilitySet = CapabilitySet::SYS_ADMIN
     .union(CapabilitySet::FSETID)
     .union(CapabilitySet::SETFCAP)
     .union(CapabilitySet::KILL)
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::SETGID)
     .union(CapabilitySet::SYS_RESOURCE);
 
 /// Drops what is not needed. Call it before there are threads.

@@ -148,8 +148,11 @@ pub trait RepositoryMounts: Send + Sync + fmt::Debug {
     /// [`RepositoryError::Mount`].
     fn unmount(&self, fqrn: &Fqrn) -> Result<(), RepositoryError>;
 
-    /// The repositories that are mounted now, in order of name.
+    /// The repositories that are mounted now by this program, in order of name.
     fn mounted(&self) -> Vec<Fqrn>;
+
+    /// Whether layers of the repository can be read, as far as the mount table tells. Never touches a mount.
+    fn is_mounted(&self, fqrn: &Fqrn) -> bool;
 
     /// State of the mounted repositories, in order of name. Never touches a mount.
     fn status(&self) -> Vec<RepositoryStatus>;
@@ -223,8 +226,7 @@ impl Repositories {
 
     /// Whether all repositories that `locations` lie in are mounted.
     pub fn are_mounted(&self, locations: &[&Location]) -> bool {
-        let mounted = if locations.is_empty() { Vec::new() } else { self.mounts.mounted() };
-        distinct(locations).iter().all(|fqrn| mounted.contains(fqrn))
+        distinct(locations).iter().all(|fqrn| self.mounts.is_mounted(fqrn))
     }
 
     /// Notes `holder` as user of repositories that are mounted already, after a restart.

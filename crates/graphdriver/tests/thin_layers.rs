@@ -9,6 +9,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use common::Host;
+use rustix::mount::mount_bind;
 use serde_json::json;
 use testkit::tar::TarBuilder;
 
@@ -100,6 +101,33 @@ fn a_second_start_after_a_restart_mounts_what_the_grandchild_needs() {
         assert_eq!(listed(&host.get(container)), expected, "{container} after a restart");
         host.put(container);
     }
+}
+
+#[test]
+fn a_running_container_on_a_repository_of_the_host_stays_mounted_when_the_plugin_starts_anew() {
+    let mut host = Host::start();
+    let options = json!({"Home": host.home(), "Opts": ["cvmfsMountMethod=external"]});
+    host.call("Init", options.clone());
+    publish(&host, "layers/base");
+    let (repository, mountpoint) =
+        (host.repository_directory(FQRN, ""), host.home().join("cvmfs").join(FQRN));
+    fs::create_dir_all(&mountpoint).unwrap();
+    host.add_layer("thin", "", &thin(&["layers/base"]));
+    let refused = host.failing_call("CreateReadWrite", json!({"ID": "c-init", "Parent": "thin"}));
+    assert!(refused.contains("the host must mount it there"), "{refused}");
+    mount_bind(&repository, &mountpoint).unwrap();
+    host.create_container("c", "thin");
+    let merged = host.get("c");
+    for _ in ["with an engine that goes on", "with one that begins anew"] {
+        host.restart();
+        assert!(host.mounted().contains(&merged));
+        host.call("Init", options.clone());
+        assert!(host.mounted().contains(&merged));
+        assert_eq!(listed(&merged), ["base", "top"]);
+    }
+    host.put("c");
+    assert_eq!(host.mounted(), [mountpoint.as_path()], "the host's mount stays");
+    testkit::mounts::unmount_below(&mountpoint);
 }
 
 #[test]

@@ -14,6 +14,8 @@ pub struct MountInfo {
     pub id: u64,
     /// The number of the mount that it lies on.
     pub parent: u64,
+    /// The file system, `major:minor`. Two mounts of one file system have the same.
+    pub device: String,
     /// Which directory of the file system is mounted.
     pub root: PathBuf,
     /// Where it is mounted, as seen from this process's root.
@@ -55,7 +57,7 @@ fn parse_line(line: &[u8]) -> Option<MountInfo> {
     let mut fields = line.split(|&byte| byte == b' ');
     let id = number(fields.next()?)?;
     let parent = number(fields.next()?)?;
-    let _device = fields.next()?;
+    let device = std::str::from_utf8(fields.next()?).ok()?.to_owned();
     let root = PathBuf::from(unescape(fields.next()?));
     let mount_point = PathBuf::from(unescape(fields.next()?));
     let options = unescape(fields.next()?);
@@ -64,7 +66,7 @@ fn parse_line(line: &[u8]) -> Option<MountInfo> {
     let fs_type = unescape(fields.next()?);
     let source = unescape(fields.next()?);
     let super_options = unescape(fields.next()?);
-    Some(MountInfo { id, parent, root, mount_point, options, fs_type, source, super_options })
+    Some(MountInfo { id, parent, device, root, mount_point, options, fs_type, source, super_options })
 }
 
 fn number(field: &[u8]) -> Option<u64> {

@@ -171,6 +171,11 @@ impl Dockerd {
         self.start()
     }
 
+    /// One more argument of dockerd, from its next start on.
+    pub fn add_argument(&mut self, argument: &str) {
+        self.options.arguments.push(argument.to_owned());
+    }
+
     /// Stops gracefully and starts again.
     pub fn restart(&mut self) -> Result<()> {
         self.stop();

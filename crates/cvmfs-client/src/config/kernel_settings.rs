@@ -25,6 +25,9 @@ pub struct KernelSettings {
     pub ownership: Ownership,
     /// Whether the kernel checks permissions.
     pub check_permissions: bool,
+    /// Whether the mount may be mapped to other owners by who mounts it again (id-mapped mounts, Linux 6.12). The kernel
+    /// does not tell who calls then, so it is off where that is asked.
+    pub id_mapped: bool,
     /// Whether set-uid bits are honoured.
     pub suid: bool,
     /// Whether the mount is writable by its flags; writes fail nevertheless.
@@ -144,6 +147,14 @@ impl KernelSettings {
             let seconds = config.number(name, default)?.clamp(0, i64::from(u32::MAX));
             Ok(Duration::from_secs(seconds.unsigned_abs()))
         };
+        let check_permissions = config.switch("CVMFS_CHECK_PERMISSIONS", true)?;
+        let protected_xattrs: BTreeSet<String> =
+            words(config, "CVMFS_XATTR_PROTECTED_XATTRS").map(str::to_owned).collect();
+        // The kernel itself has to check permissions.
+        let id_mapped = config.switch("CVMFS_FUSE_IDMAP", true)?
+            && check_permissions
+            && protected_xattrs.is_empty()
+            && !config.switch("CVMFS_SEND_INFO_HEADER", false)?;
         Ok(Self {
             entry_lifetime: seconds("CVMFS_KCACHE_TIMEOUT", 60)?,
             statfs_lifetime: seconds("CVMFS_STATFS_CACHE_TIMEOUT", 0)?,
@@ -157,12 +168,13 @@ impl KernelSettings {
                 gids: id_map(config, "CVMFS_GID_MAP")?,
                 world_readable: config.switch("CVMFS_WORLD_READABLE", false)?,
             },
-            check_permissions: config.switch("CVMFS_CHECK_PERMISSIONS", true)?,
+            check_permissions,
+            id_mapped,
             suid: config.switch("CVMFS_SUID", false)?,
             writable: config.switch("CVMFS_MOUNT_RW", false)?,
             enforce_acls: config.switch("CVMFS_ENFORCE_ACLS", false)?,
             magic_xattrs: magic_xattrs(config)?,
-            protected_xattrs: words(config, "CVMFS_XATTR_PROTECTED_XATTRS").map(str::to_owned).collect(),
+            protected_xattrs,
             privileged_gids: privileged_gids(config)?,
             instrument: config.switch("CVMFS_INSTRUMENT_FUSE", false)?,
         })

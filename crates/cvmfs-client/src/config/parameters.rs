@@ -75,6 +75,7 @@ const PARAMETERS: &[(&str, Support)] = &[
     ("CVMFS_FQRN", Honoured),
     ("CVMFS_FUSE3_IDLE_THREADS", THREADS),
     ("CVMFS_FUSE3_MAX_THREADS", THREADS),
+    ("CVMFS_FUSE_IDMAP", Honoured),
     ("CVMFS_FUSE_NOTIFY_INVALIDATION", WithoutEffect("kernel caches are always invalidated actively")),
     ("CVMFS_FUSE_PROFILE", Honoured),
     ("CVMFS_GID_MAP", Honoured),

@@ -36,6 +36,8 @@ pub(crate) mod capability {
     pub(crate) const HAS_EXPIRE_ONLY: u64 = 1 << 35;
     pub(crate) const PASSTHROUGH: u64 = 1 << 37;
     pub(crate) const HAS_RESEND: u64 = 1 << 39;
+    /// Wants the mount option `default_permissions`; the ids of callers are not told any more.
+    pub(crate) const ALLOW_IDMAP: u64 = 1 << 40;
 }
 
 /// What the kernel offers.
@@ -152,7 +154,8 @@ pub(crate) fn agreed_in(offer: &Offer, reply: &[u8]) -> Agreement {
 /// The capabilities that kernels of a version can have; those of later ones are masked out.
 fn known_to(minor: u32) -> u64 {
     use capability::{
-        CACHE_SYMLINKS, EXPLICIT_INVAL_DATA, HAS_EXPIRE_ONLY, HAS_RESEND, NO_OPEN_SUPPORT, PASSTHROUGH,
+        ALLOW_IDMAP, CACHE_SYMLINKS, EXPLICIT_INVAL_DATA, HAS_EXPIRE_ONLY, HAS_RESEND, NO_OPEN_SUPPORT,
+        PASSTHROUGH,
     };
     let since = [
         (23, NO_OPEN_SUPPORT),
@@ -160,6 +163,7 @@ fn known_to(minor: u32) -> u64 {
         (30, EXPLICIT_INVAL_DATA),
         (38, HAS_EXPIRE_ONLY),
         (40, PASSTHROUGH | HAS_RESEND),
+        (41, ALLOW_IDMAP),
     ];
     since.iter().filter(|(first, _)| minor < *first).fold(u64::MAX, |known, (_, missing)| known & !missing)
 }

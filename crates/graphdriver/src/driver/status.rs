@@ -25,7 +25,9 @@ impl Driver {
         if self.in_user_namespace() {
             let effect = match self.options.mount_method {
                 MountMethod::Internal => "mapped by the client",
-                MountMethod::External => "not mapped (they show as the host's ids)",
+                MountMethod::External => {
+                    "id-mapped, where the host's client can be (else they show as the host's ids)"
+                }
             };
             rows.push(row("User namespace", &format!("owners of files in thin images are {effect}")));
         }

@@ -152,15 +152,11 @@ impl RepositoryMounts for ClientMounts {
     }
 
     fn mounted(&self) -> Vec<Fqrn> {
-        let mut found: Vec<Fqrn> = mounts::below(&self.directory)
-            .iter()
-            .filter_map(|path| path.strip_prefix(&self.directory).ok()?.to_str())
-            .filter_map(|name| thin_image::Location::new(name, "x").ok())
-            .map(|location| Fqrn::from(&location))
-            .collect();
-        found.sort();
-        found.dedup();
-        found
+        mounted_below(&self.directory)
+    }
+
+    fn is_mounted(&self, fqrn: &Fqrn) -> bool {
+        mounts::is_mounted(&self.mountpoint(fqrn))
     }
 
     fn status(&self) -> Vec<RepositoryStatus> {
@@ -214,6 +210,19 @@ impl ClientMounts {
         };
         RepositoryStatus { fqrn, summary, client: status.and_then(Result::ok).map(Box::new) }
     }
+}
+
+/// The repositories that something is mounted for in `directory`, in order of name.
+pub(super) fn mounted_below(directory: &Path) -> Vec<Fqrn> {
+    let mut found: Vec<Fqrn> = mounts::below(directory)
+        .iter()
+        .filter_map(|path| path.strip_prefix(directory).ok()?.to_str())
+        .filter_map(|name| thin_image::Location::new(name, "x").ok())
+        .map(|location| Fqrn::from(&location))
+        .collect();
+    found.sort();
+    found.dedup();
+    found
 }
 
 #[cfg(test)]

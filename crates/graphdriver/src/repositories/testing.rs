@@ -77,6 +77,10 @@ impl RepositoryMounts for DirectoryMounts {
         self.state().mounted.iter().cloned().collect()
     }
 
+    fn is_mounted(&self, fqrn: &Fqrn) -> bool {
+        self.state().mounted.contains(fqrn)
+    }
+
     fn status(&self) -> Vec<RepositoryStatus> {
         let status = |fqrn: Fqrn| RepositoryStatus { fqrn, summary: "revision 7".to_owned(), client: None };
         self.mounted().into_iter().map(status).collect()

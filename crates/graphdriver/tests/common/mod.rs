@@ -71,10 +71,12 @@ impl Host {
         let (state, repositories) = (self.directory.path().join("state"), Arc::clone(&self.repositories));
         let layer_service = self.directory.path().join("layer-service");
         let server = std::thread::spawn(move || {
-            let factory: MountsFactory = Box::new(move |home, options, _| {
+            let factory: MountsFactory = Box::new(move |home, options, id_maps| {
                 Ok(match options.mount_method {
                     MountMethod::Internal => Arc::clone(&repositories) as Arc<dyn RepositoryMounts>,
-                    MountMethod::External => Arc::new(ExternalMounts::new(&home.join("cvmfs"))),
+                    MountMethod::External => {
+                        Arc::new(ExternalMounts::new(&home.join("cvmfs"), id_maps, &home.join("mapped")))
+                    }
                 })
             });
             let plugin = Arc::new(Plugin::start(&state, factory, Publishing::new(&layer_service)));
@@ -350,6 +352,10 @@ impl RepositoryMounts for DirectoryMounts {
 
     fn mounted(&self) -> Vec<Fqrn> {
         self.mounted.lock().unwrap().iter().cloned().collect()
+    }
+
+    fn is_mounted(&self, fqrn: &Fqrn) -> bool {
+        self.mounted.lock().unwrap().contains(fqrn)
     }
 
     fn status(&self) -> Vec<RepositoryStatus> {
