@@ -6,6 +6,7 @@ mod build;
 mod demo;
 mod dist;
 mod faults;
+mod kernel;
 mod plugin;
 mod scene;
 mod soak;
@@ -36,6 +37,12 @@ enum Task {
         #[arg(long, value_enum, default_value_t, conflicts_with = "quick")]
         engines: test::Engines,
     },
+    /// Run tests of mounts, layers and limits on Debian's kernel in a virtual machine
+    Kernel {
+        /// Use the processor's virtualisation instead of emulating it
+        #[arg(long)]
+        kvm: bool,
+    },
     /// Build the managed plugin: config.json, rootfs and the tarball
     Plugin {
         /// Where to put them
@@ -58,6 +65,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::Demo(options) => demo::run(&options),
         Task::Test { quick, engines } => test::run(quick, engines),
+        Task::Kernel { kvm } => kernel::run(kvm),
         Task::Plugin { output } => plugin::run(&output),
         Task::Bench(options) => bench::run(&options),
         Task::Soak(options) => soak::run(&options),

@@ -32,7 +32,7 @@ pub enum Engines {
     /// The installed one.
     #[default]
     Installed,
-    /// Newer ones, too.
+    /// Newer ones, too, and what depends on the kernel on Debian's.
     All,
 }
 
@@ -62,15 +62,20 @@ const NEED_ROOT: [&str; 2] = ["testkit", "overlay"];
 /// More failures than this are no accident, and are not tried again.
 const MOST_UNSTEADY: usize = 5;
 
+/// Counts of tests.
 #[derive(Debug, Default, Clone, Copy)]
-struct Total {
-    passed: u64,
-    failed: u64,
-    skipped: u64,
+pub struct Total {
+    /// Tests that passed.
+    pub passed: u64,
+    /// Tests that failed.
+    pub failed: u64,
+    /// Tests that did not run.
+    pub skipped: u64,
 }
 
 impl Total {
-    fn add(&mut self, other: Total) {
+    /// Adds the counts of another run.
+    pub fn add(&mut self, other: Total) {
         self.passed += other.passed;
         self.failed += other.failed;
         self.skipped += other.skipped;
@@ -149,6 +154,7 @@ pub fn run(quick: bool, engines: Engines) -> Result<()> {
     total.add(outcome);
     if engines == Engines::All {
         total.add(on_newer_engines(&mut rows)?);
+        total.add(crate::kernel::tests(false)?);
     }
     rows.print()?;
     finish(total)
@@ -278,7 +284,7 @@ fn merged(mut command: Command) -> Command {
 }
 
 /// `test result: ok. 17 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 3.92s`
-fn parse_result(line: &str) -> Option<Total> {
+pub fn parse_result(line: &str) -> Option<Total> {
     let counts = line.strip_prefix("test result: ")?.split_once(". ")?.1;
     let count =
         |what: &str| counts.split("; ").find_map(|part| part.strip_suffix(what)?.trim().parse::<u64>().ok());

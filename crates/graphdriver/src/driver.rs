@@ -23,12 +23,12 @@ use overlay::ids::{IdMap, IdMaps, IdRange};
 use crate::keyed_locks::KeyedLocks;
 use crate::layer_id::{InvalidLayerId, LayerId};
 use crate::mounts;
-use crate::options::{DriverOptions, OptionError, check_layer_options};
+use crate::options::{DriverOptions, OptionError, check_image_options, container_size};
 use crate::plugin::MountsFactory;
 use crate::protocol::{CreateRequest, IdMapEntry, InitRequest};
 use crate::publishing::{Publishing, PublishingError};
 use crate::repositories::{Repositories, RepositoryError};
-use crate::store::{LayerStore, Owner, StoreError};
+use crate::store::{LayerStore, NewLayer, Owner, StoreError};
 use references::References;
 
 /// An initialised driver.
@@ -187,6 +187,9 @@ impl Driver {
             },
         };
         driver.check_overlay()?;
+        if driver.options.size.is_some() {
+            driver.store.check_limits()?;
+        }
         driver.repositories.recover();
         driver.adopt_mounted();
         Ok(driver)
@@ -198,7 +201,10 @@ impl Driver {
     /// [`DriverError::Option`], [`DriverError::Store`].
     pub fn create(&self, request: &CreateRequest) -> Result<(), DriverError> {
         let _lock = self.locks.lock(&request.id);
-        self.create_on(request, 0)
+        check_image_options(&request.storage_options)?;
+        Ok(self
+            .store
+            .create(&request.id, &NewLayer { parent: request.parent.as_ref(), to_come: 0, size: None })?)
     }
 
     /// `CreateReadWrite`: a container's layer, or its init layer. Fails if a repository
@@ -209,8 +215,10 @@ impl Driver {
     /// As [`Driver::create`]; [`DriverError::Repository`].
     pub fn create_container(&self, request: &CreateRequest) -> Result<(), DriverError> {
         let _lock = self.locks.lock(&request.id);
+        let size = container_size(&request.storage_options)?.or(self.options.size);
         // The container's own layer will be put on its init layer.
-        self.create_on(request, usize::from(request.id.as_str().ends_with("-init")))?;
+        let to_come = usize::from(request.id.as_str().ends_with("-init"));
+        self.store.create(&request.id, &NewLayer { parent: request.parent.as_ref(), to_come, size })?;
         let checked = self.check_repositories(&request.id);
         if checked.is_err()
             && let Err(error) = self.store.remove(&request.id)
@@ -218,11 +226,6 @@ impl Driver {
             tracing::warn!(id = %request.id, %error, "cannot remove the layer of a failed start");
         }
         checked
-    }
-
-    fn create_on(&self, request: &CreateRequest, to_come: usize) -> Result<(), DriverError> {
-        check_layer_options(request.storage_options.keys().map(String::as_str))?;
-        Ok(self.store.create(&request.id, request.parent.as_ref(), to_come)?)
     }
 
     /// `Remove`: unmounts and deletes a layer; one that does not exist is fine.

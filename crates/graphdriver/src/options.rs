@@ -1,5 +1,6 @@
 //! `storage-opts` of the engine (graph driver plugin §10).
 
+use std::collections::BTreeMap;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -39,6 +40,9 @@ pub struct ClientParameters {
 /// Bounds of `cvmfs.quota` in MB. With less a single large image would push itself out all the time.
 const MIN_QUOTA: u64 = 1 << 10;
 const MAX_QUOTA: u64 = 1 << 30;
+/// Bounds of the size of a container in bytes. With less not even the engine's own files find room.
+const MIN_SIZE: u64 = 1 << 20;
+const MAX_SIZE: u64 = 1 << 50;
 /// Values of `cvmfs.profile`.
 const PROFILES: [&str; 4] = ["auto", "passthrough", "no_open", "plain"];
 
@@ -70,6 +74,8 @@ pub struct DriverOptions {
     pub commit_fallback: CommitFallback,
     /// `cvmfsCommitTimeout`.
     pub commit_timeout: Duration,
+    /// `overlay2.size`: the limit of each container that asks for no other, in bytes.
+    pub size: Option<u64>,
     /// `cvmfs.…`.
     pub client: ClientParameters,
 }
@@ -80,6 +86,7 @@ impl Default for DriverOptions {
             mount_method: MountMethod::default(),
             commit_fallback: CommitFallback::default(),
             commit_timeout: COMMIT_TIMEOUT,
+            size: None,
             client: ClientParameters::default(),
         }
     }
@@ -95,8 +102,8 @@ pub enum OptionError {
     #[error(
         "unknown storage option {0:?}; this driver has cvmfsMountMethod=internal|external, \
          cvmfsCommitFallback=error|diff, cvmfsCommitTimeout=SECONDS, cvmfs.quota=SIZE, cvmfs.deadline=SECONDS, \
-         cvmfs.timeout=SECONDS, cvmfs.profile=auto|passthrough|no_open|plain and \
-         overlay2.override_kernel_check=true|false"
+         cvmfs.timeout=SECONDS, cvmfs.profile=auto|passthrough|no_open|plain, \
+         overlay2.size=SIZE and overlay2.override_kernel_check=true|false"
     )]
     Unknown(String),
     /// A value that the option does not take.
@@ -114,12 +121,9 @@ pub enum OptionError {
         "storage option {0} has no effect with cvmfsMountMethod=external: the host's client has its own settings"
     )]
     NeedsInternal(String),
-    /// A limit on the size of a container's layer.
-    #[error(
-        "storage option {0}: limits on the size of a layer are not supported by this driver (they need project \
-         quotas on xfs); remove the option"
-    )]
-    SizeUnsupported(&'static str),
+    /// A limit on the size of a layer of an image.
+    #[error("storage option size is for containers only: layers of images take what they take")]
+    SizeOfImage,
 }
 
 impl DriverOptions {
@@ -150,7 +154,7 @@ impl DriverOptions {
                 "cvmfs.timeout" => parsed.client.timeout = Some(seconds("cvmfs.timeout", value, 3600)?),
                 "cvmfs.profile" => parsed.client.profile = Some(profile(value)?),
                 "overlay2.override_kernel_check" => check_boolean("overlay2.override_kernel_check", value)?,
-                "overlay2.size" => return Err(OptionError::SizeUnsupported("overlay2.size")),
+                "overlay2.size" => parsed.size = Some(bytes("overlay2.size", value)?),
                 _ => return Err(OptionError::Unknown(key.to_owned())),
             }
         }
@@ -226,15 +230,46 @@ fn bad_value(key: &'static str, value: &str, expected: &str) -> OptionError {
     OptionError::BadValue { key, value: value.to_owned(), expected: expected.to_owned() }
 }
 
-/// The options of one layer, from `StorageOpt` of `Create`.
+/// A size in bytes as the engine's own driver takes it: `10G`, `1.5g`, `512MiB`, or a number of bytes.
+fn bytes(key: &'static str, value: &str) -> Result<u64, OptionError> {
+    let expected = || bad_value(key, value, "a size from 1M to 1024T, such as 20G");
+    let lower = value.to_ascii_lowercase();
+    let text = lower.strip_suffix("ib").or(lower.strip_suffix('b')).unwrap_or(&lower).trim_end();
+    let (number, shift) = match text.strip_suffix(['k', 'm', 'g', 't', 'p']) {
+        Some(number) => (number, 10 * (1 + "kmgtp".find(&text[number.len()..]).unwrap_or_default())),
+        None => (text, 0),
+    };
+    let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+    let number: f64 = number.trim_end().parse().ok().filter(|_| is_number).ok_or_else(expected)?;
+    let size = number * (1_u64 << shift) as f64;
+    let is_sensible = (MIN_SIZE as f64..=MAX_SIZE as f64).contains(&size);
+    if is_sensible { Ok(size as u64) } else { Err(expected()) }
+}
+
+/// The limit that a container asks for, from `StorageOpt` of `CreateReadWrite`, in bytes.
 ///
 /// # Errors
-/// There is none that this driver supports.
-pub fn check_layer_options<'a>(mut keys: impl Iterator<Item = &'a str>) -> Result<(), OptionError> {
-    match keys.next() {
+/// A size that is none, or another option.
+pub fn container_size(options: &BTreeMap<String, String>) -> Result<Option<u64>, OptionError> {
+    let mut size = None;
+    for (key, value) in options {
+        match key.to_ascii_lowercase().as_str() {
+            "size" => size = Some(bytes("size", value)?),
+            _ => return Err(OptionError::Unknown(key.clone())),
+        }
+    }
+    Ok(size)
+}
+
+/// Checks the options of a layer of an image, from `StorageOpt` of `Create`.
+///
+/// # Errors
+/// There is none that an image can have.
+pub fn check_image_options(options: &BTreeMap<String, String>) -> Result<(), OptionError> {
+    match options.keys().next() {
         None => Ok(()),
-        Some(key) if key.eq_ignore_ascii_case("size") => Err(OptionError::SizeUnsupported("size")),
-        Some(key) => Err(OptionError::Unknown(key.to_owned())),
+        Some(key) if key.eq_ignore_ascii_case("size") => Err(OptionError::SizeOfImage),
+        Some(key) => Err(OptionError::Unknown(key.clone())),
     }
 }
 
@@ -274,7 +309,12 @@ mod tests {
             ("cvmfsCommitTimeout=0", "cvmfsCommitTimeout"),
             ("cvmfsCommitTimeout=soon", "soon"),
             ("overlay2.override_kernel_check=maybe", "maybe"),
-            ("overlay2.size=10G", "overlay2.size"),
+            ("overlay2.size=10", "overlay2.size"),
+            ("overlay2.size=-1G", "-1G"),
+            ("overlay2.size=1e9", "1e9"),
+            ("overlay2.size=4096P", "4096P"),
+            ("overlay2.size=.", "overlay2.size"),
+            ("overlay2.size=G", "overlay2.size"),
             ("cvmfs.quota=1M", "cvmfs.quota"),
             ("cvmfs.quota=99999999999T", "99999999999T"),
             ("cvmfs.quota=all", "all"),
@@ -312,9 +352,28 @@ mod tests {
     }
 
     #[test]
-    fn a_container_with_a_size_limit_is_refused_rather_than_run_without() {
-        assert_eq!(check_layer_options(["size"].into_iter()), Err(OptionError::SizeUnsupported("size")));
-        assert!(check_layer_options(["colour"].into_iter()).is_err());
-        assert!(check_layer_options([].into_iter()).is_ok());
+    fn sizes_are_read_as_the_engine_s_own_driver_reads_them() {
+        for (text, size) in [
+            ("10G", 10 << 30),
+            ("1.5g", 3 << 29),
+            ("512MiB", 512 << 20),
+            ("2tb", 2 << 40),
+            ("1048576", 1 << 20),
+            ("4096 k", 4 << 20),
+        ] {
+            assert_eq!(parse(&[&format!("overlay2.size={text}")]).unwrap().size, Some(size), "{text}");
+            let options = BTreeMap::from([("Size".to_owned(), text.to_owned())]);
+            assert_eq!(container_size(&options), Ok(Some(size)), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_option_of_a_layer_that_cannot_be_honoured_is_refused() {
+        let options = |key: &str| BTreeMap::from([(key.to_owned(), "1G".to_owned())]);
+        assert_eq!(check_image_options(&options("size")), Err(OptionError::SizeOfImage));
+        assert_eq!(check_image_options(&options("colour")), Err(OptionError::Unknown("colour".to_owned())));
+        assert_eq!(container_size(&options("colour")), Err(OptionError::Unknown("colour".to_owned())));
+        assert!(check_image_options(&BTreeMap::new()).is_ok());
+        assert_eq!(container_size(&BTreeMap::new()), Ok(None));
     }
 }

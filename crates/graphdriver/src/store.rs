@@ -29,6 +29,7 @@ mod read;
 mod remove;
 mod thin;
 
+pub use create::NewLayer;
 pub(crate) use remove::VIEW;
 
 use std::fs;
@@ -37,6 +38,7 @@ use std::os::unix::fs::{DirBuilderExt, chown};
 use std::path::{Path, PathBuf};
 
 use overlay::mount::MAX_LOWERS;
+use overlay::quota::{ProjectQuotas, QuotaError};
 use thin_image::{Location, ThinImageError};
 
 use crate::layer_id::LayerId;
@@ -61,10 +63,12 @@ pub enum Lower {
 }
 
 /// The directory of all layers.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct LayerStore {
     home: PathBuf,
     owner: Owner,
+    /// Limits of containers' layers, where the file system has them.
+    quotas: Option<ProjectQuotas>,
 }
 
 /// Why the store cannot do what it is asked for.
@@ -117,6 +121,13 @@ pub enum StoreError {
         /// Lower directories that it needs.
         count: usize,
     },
+    /// A container cannot have the limit that it shall have.
+    #[error("the size of a container cannot be limited: {cause}")]
+    Limit {
+        /// Why not.
+        #[from]
+        cause: QuotaError,
+    },
     /// A thin layer's descriptor cannot be honoured.
     #[error("layer {id}: {cause}")]
     Descriptor {
@@ -141,12 +152,14 @@ impl LayerStore {
     /// # Errors
     /// [`StoreError::Io`].
     pub fn open(home: &Path, owner: Owner) -> Result<Self, StoreError> {
-        let store = Self { home: home.to_owned(), owner };
         let missing: Vec<_> = home.ancestors().skip(1).take_while(|p| !p.exists()).collect();
         for directory in missing.into_iter().rev() {
             make_directory(directory, 0o755, Owner::default())?;
         }
-        store.make_private_directory(home)?;
+        make_directory(home, 0o710, Owner { uid: 0, gid: owner.gid })?;
+        let quotas =
+            ProjectQuotas::of(home).inspect_err(|error| tracing::debug!(%error, "no limits of containers"));
+        let store = Self { home: home.to_owned(), owner, quotas: quotas.ok() };
         store.make_private_directory(&home.join(link::LINK_DIRECTORY))?;
         store.delete_leftovers()?;
         Ok(store)

@@ -1,7 +1,7 @@
 //! System calls that no part of the plugin makes are refused (seccomp).
 //!
 //! The list names what the plugin never needs and what attackers do: reading and writing other processes, loading code
-//! into the kernel, opening files by handle around the mounts, changing clocks, keys, swap and quotas. Everything else stays
+//! into the kernel, opening files by handle around the mounts, changing clocks, keys and swap. Everything else stays
 //! allowed: a list of what is allowed would have to be true for every kernel, C library and helper program, and a
 //! call that is missing in it would show as a container that does not start. All processes that follow inherit it.
 
@@ -44,7 +44,6 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_swapoff,
     libc::SYS_acct,
     libc::SYS_quotactl,
-    libc::SYS_quotactl_fd,
     libc::SYS_syslog,
     libc::SYS_vhangup,
     libc::SYS_sethostname,

@@ -7,6 +7,7 @@
 //! * [`apply`] turns an archive into a layer on disk, [`diff`] turns one back.
 //! * [`mount`] stacks layers, [`mountinfo`] finds what is mounted.
 //! * [`owners`] mounts a file system once more with the owners of a user namespace.
+//! * [`quota`] limits the disk space of a layer.
 //! * [`changes`] and [`size`] say what a layer changes and how large it is; [`tree`] removes one.
 //!
 //! Invariants:
@@ -25,6 +26,7 @@ mod marks;
 pub mod mount;
 pub mod mountinfo;
 pub mod owners;
+pub mod quota;
 pub mod size;
 mod sys;
 pub mod tree;

@@ -73,3 +73,87 @@ pub(crate) fn start_in_user_namespace() -> std::io::Result<Pid> {
     let child = i32::try_from(child).ok().and_then(Pid::from_raw);
     child.ok_or_else(std::io::Error::last_os_error)
 }
+
+/// `struct fsxattr` of FS_IOC_FSGETXATTR.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Attributes {
+    pub(crate) flags: u32,
+    extent_size: u32,
+    extents: u32,
+    pub(crate) project: u32,
+    copy_on_write_extent_size: u32,
+    padding: [u8; 8],
+}
+
+/// `FS_IOC_FSGETXATTR`, `_IOR('X', 31, struct fsxattr)`.
+const GET_ATTRIBUTES: libc::c_ulong = 0x801c_581f;
+/// `FS_IOC_FSSETXATTR`, `_IOW('X', 32, struct fsxattr)`.
+const SET_ATTRIBUTES: libc::c_ulong = 0x401c_5820;
+const _: () = assert!(size_of::<Attributes>() == 28);
+
+/// The attributes that a file system keeps beside the usual ones.
+pub(crate) fn attributes(file: BorrowedFd<'_>) -> std::io::Result<Attributes> {
+    let mut attributes = Attributes::default();
+    // SAFETY: the kernel writes one structure of exactly this size (asserted above) through a pointer to one.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), GET_ATTRIBUTES, &raw mut attributes) };
+    if result == 0 { Ok(attributes) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// Changes them.
+pub(crate) fn set_attributes(file: BorrowedFd<'_>, attributes: &Attributes) -> std::io::Result<()> {
+    // SAFETY: the kernel reads one structure of exactly this size (asserted above) and keeps no pointer to it.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), SET_ATTRIBUTES, &raw const *attributes) };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// `struct fs_disk_quota` of quotactl(2).
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct DiskQuota {
+    pub(crate) version: i8,
+    pub(crate) flags: i8,
+    pub(crate) fields: u16,
+    pub(crate) id: u32,
+    /// In units of 512 bytes, as the next one and `blocks`.
+    pub(crate) hard_blocks: u64,
+    pub(crate) soft_blocks: u64,
+    pub(crate) hard_inodes: u64,
+    pub(crate) soft_inodes: u64,
+    pub(crate) blocks: u64,
+    pub(crate) inodes: u64,
+    /// Times, warnings and what is on a real-time device.
+    pub(crate) rest: [u64; 7],
+}
+
+const _: () = assert!(size_of::<DiskQuota>() == 112);
+
+/// `QCMD(Q_XGETQUOTA, PRJQUOTA)`.
+const GET_PROJECT_QUOTA: libc::c_int = 0x0058_0302;
+/// `QCMD(Q_XSETQLIM, PRJQUOTA)`.
+const SET_PROJECT_QUOTA: libc::c_int = 0x0058_0402;
+
+/// The limits and the use of a project on the file system of `file`.
+pub(crate) fn project_quota(file: BorrowedFd<'_>, project: u32) -> std::io::Result<DiskQuota> {
+    let mut quota = DiskQuota::default();
+    quota_call(file, GET_PROJECT_QUOTA, project, &mut quota).map(|()| quota)
+}
+
+/// Sets those limits of a project that `quota.fields` names.
+pub(crate) fn set_project_quota(file: BorrowedFd<'_>, project: u32, quota: DiskQuota) -> std::io::Result<()> {
+    // The version of the structure, and whose quota it is: a project's.
+    let mut quota = DiskQuota { version: 1, flags: 2, id: project, ..quota };
+    quota_call(file, SET_PROJECT_QUOTA, project, &mut quota)
+}
+
+fn quota_call(
+    file: BorrowedFd<'_>,
+    command: libc::c_int,
+    project: u32,
+    quota: &mut DiskQuota,
+) -> std::io::Result<()> {
+    // SAFETY: for both commands the kernel reads or writes one structure of exactly this size (asserted above).
+    let result =
+        unsafe { libc::syscall(libc::SYS_quotactl_fd, file.as_raw_fd(), command, project, &raw mut *quota) };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}

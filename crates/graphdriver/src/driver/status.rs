@@ -31,6 +31,9 @@ impl Driver {
             };
             rows.push(row("User namespace", &format!("owners of files in thin images are {effect}")));
         }
+        if let Some(size) = self.options.size {
+            rows.push(row("Limit of each container", &format!("{} MiB (overlay2.size)", size >> 20)));
+        }
         let repositories = self.repositories.status();
         if repositories.is_empty() {
             rows.push(row("Repositories", "none mounted"));

@@ -38,7 +38,17 @@ impl LayerStore {
             let names = read_small(&directory.join(file))?.unwrap_or_default();
             names.lines().filter_map(LinkName::parse).try_for_each(|link| link.remove(self.home()))?;
         }
-        Ok(overlay::tree::remove(directory)?)
+        let limited = self
+            .quotas
+            .as_ref()
+            .and_then(|quotas| Some((quotas, quotas.project_of(&directory.join("diff"))?)));
+        overlay::tree::remove(directory)?;
+        if let Some((quotas, project)) = limited
+            && let Err(error) = quotas.release(project)
+        {
+            tracing::warn!(directory = %directory.display(), %error, "the limit of a removed layer stays");
+        }
+        Ok(())
     }
 
     /// Deletes what killed processes left. What cannot be deleted is reported and stays.
