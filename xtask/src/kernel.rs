@@ -30,14 +30,25 @@ const EARLY_MODULES: [&str; 2] = ["virtio_pci", "virtio_blk"];
 const MODULES: [&str; 8] = ["ext4", "xfs", "quota_v2", "overlay", "fuse", "loop", "virtio_pci", "virtio_blk"];
 
 /// Package, test program, and whether those tests run, too, that are ignored elsewhere.
-const PROGRAMS: [(&str, &str, bool); 4] = [
+const PROGRAMS: [(&str, &str, bool); 7] = [
+    ("cvmfs-fuse", "mount", false),
+    ("cvmfs-fuse", "takeover", false),
+    ("cvmfs-fuse", "revisions", false),
     ("graphdriver", "limits", true),
     ("graphdriver", "protocol", false),
     ("graphdriver", "restarts", false),
     ("graphdriver", "thin_layers", false),
 ];
-/// Tests that need a command that is not there, or a machine as quick as a real one.
-const SKIPPED: [&str; 2] = ["process_1_starts", "kill_9_at_any_moment"];
+/// Tests that need a command that is not there, a machine as quick as a real one, or reads that pass through and can
+/// be interrupted.
+const SKIPPED: [&str; 6] = [
+    "process_1_starts",
+    "kill_9_at_any_moment",
+    "a_protected_attribute",
+    "reads_go_by_passthrough",
+    "row_66_a_reader_that",
+    "row_66_a_signal_that",
+];
 /// Those that run once more with their directories on ext4.
 const ON_EXT4: [&str; 1] = ["limits"];
 

@@ -5,6 +5,7 @@
 //! What each thread is at stands in the shared state, so that the supervisor can tell a
 //! hang, and a request that killed workers before is known when it comes again.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -16,12 +17,17 @@ use crate::in_flight::Ticket;
 use crate::protocol::REPEAT_BIT;
 use crate::protocol::reply::{Reply, send};
 use crate::protocol::request::{self, Operation, Request, opcode};
+use crate::shared_state::journal::Kept;
 use crate::shared_state::{LANES, SharedState};
 use crate::slow_lane::MAX_THREADS;
 
 /// Threads that read `/dev/fuse`. They never wait for the network, so few are enough; one
 /// more lets a look-up go on beside a large listing.
 pub(crate) const READERS: usize = 3;
+
+/// The kernel refuses to read less than 8 KiB; nothing that a read-only mount is asked is larger than a name and an
+/// attribute. One forgets many nodes at a time with more room.
+pub(crate) const LARGEST_MESSAGE: usize = 64 << 10;
 
 /// A request that as many workers died of is answered with EIO.
 const MOST_DEATHS: u64 = 3;
@@ -41,35 +47,56 @@ impl Mount {
     /// # Errors
     /// What the device says, other than that the mount is gone.
     pub(crate) fn read_requests(self: &Arc<Mount>, reader: usize) -> std::io::Result<()> {
-        /// The kernel refuses to read less than 8 KiB; nothing that a read-only mount is asked is larger than a
-        /// name and an attribute. One forgets many nodes at a time with more room.
-        const BUFFER: usize = 64 << 10;
         // Filled, not only reserved: the kernel cannot fault pages in for a dying thread.
-        let mut buffer = vec![1; BUFFER];
+        let mut buffer = vec![1; LARGEST_MESSAGE];
         loop {
-            match rustix::io::read(&self.channel.0, &mut buffer) {
+            let read = match &self.journal {
+                None => rustix::io::read(&self.channel.0, &mut buffer).map_err(std::io::Error::from),
+                Some(journal) => journal.read(reader, self.channel.0.as_fd(), &mut buffer),
+            };
+            match read {
                 Ok(length) => {
-                    let message = buffer.get(..length).unwrap_or_default();
-                    let serve = std::panic::AssertUnwindSafe(|| self.serve(reader, message));
-                    match std::panic::catch_unwind(serve) {
-                        Ok(Next::More) => {}
-                        Ok(Next::Unmounted) => return Ok(()),
-                        Err(_) => tracing::error!("a request ended in a panic; it was answered with EIO"),
+                    let next = self.serve_safely(reader, buffer.get(..length).unwrap_or_default());
+                    if let Some(journal) = &self.journal {
+                        journal.done(reader);
+                    }
+                    if next == Next::Unmounted {
+                        return Ok(());
                     }
                 }
-                // The request was taken back, or a signal came.
-                Err(rustix::io::Errno::NOENT | rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
-                Err(rustix::io::Errno::NODEV) => return Ok(()),
-                Err(error) => return Err(error.into()),
+                Err(error) => match error.raw_os_error() {
+                    // The request was taken back, or a signal came.
+                    Some(libc::ENOENT | libc::EINTR | libc::EAGAIN) => {}
+                    Some(libc::ENODEV) => return Ok(()),
+                    _ => return Err(error),
+                },
             }
         }
+    }
+
+    /// Serves what predecessors left unanswered, on a kernel that does not send it again.
+    pub(crate) fn serve_left(self: &Arc<Mount>, reader: usize, left: Vec<Kept>) {
+        if !left.is_empty() {
+            tracing::info!(requests = left.len(), "answering what the worker before left unanswered");
+        }
+        for kept in left {
+            self.serve_safely(reader, &kept.message());
+        }
+    }
+
+    fn serve_safely(self: &Arc<Mount>, reader: usize, message: &[u8]) -> Next {
+        let serve = std::panic::AssertUnwindSafe(|| self.serve(reader, message));
+        std::panic::catch_unwind(serve).unwrap_or_else(|_| {
+            tracing::error!("a request ended in a panic; it was answered with EIO");
+            Next::More
+        })
     }
 
     /// Answers one message of the kernel, here or on the slow lane.
     pub(crate) fn serve(self: &Arc<Mount>, reader: usize, message: &[u8]) -> Next {
         let number = request::opcode_of(message);
         self.statistics.count_call(number);
-        let request = match request::parse(message) {
+        let mut request = match request::parse(message) {
             Ok(request) => request,
             Err(malformed) => {
                 self.statistics.count_malformed();
@@ -99,9 +126,14 @@ impl Mount {
             }
             _ => {}
         }
+        let is_repeated = request.unique & REPEAT_BIT != 0;
+        if self.journal.is_some() {
+            // The mark is ours: the kernel knows the request by its number alone.
+            request.unique &= !REPEAT_BIT;
+        }
         let _lane = Lane::enter(&self.state, reader, &request, number);
         let reply = Reply::new(&self.channel, request.unique);
-        if request.unique & REPEAT_BIT != 0 {
+        if is_repeated {
             self.state.count_repeated();
             if self.state.deaths_at(request.unique) >= MOST_DEATHS {
                 self.statistics.count_refused();
@@ -269,7 +301,8 @@ impl Mount {
     ) -> Place {
         let ticket = self.in_flight.admit(request.unique, number, request.node, request.caller, patience);
         reply.share(&ticket);
-        let admitted = Admitted { mount: self.clone(), ticket };
+        let kept = self.journal.as_ref().and_then(|journal| journal.keep(request.raw));
+        let admitted = Admitted { mount: self.clone(), ticket, _kept: kept };
         let (unique, node) = (request.unique, request.node);
         let started = self.statistics.is_instrumented().then(Instant::now);
         self.slow.run(move |thread| {
@@ -311,6 +344,7 @@ enum Place {
 struct Admitted {
     mount: Arc<Mount>,
     ticket: Arc<Ticket>,
+    _kept: Option<Kept>,
 }
 
 impl Drop for Admitted {

@@ -25,6 +25,7 @@ use crate::protocol::handshake::Agreement;
 use crate::protocol::reply::{Channel, Entries, Reply, Sent, Statfs, open_flag};
 use crate::protocol::request::{Caller, opcode};
 use crate::shared_state::SharedState;
+use crate::shared_state::journal::Journal;
 use crate::slow_lane::SlowLane;
 use crate::statistics::{CallStatistics, Statistics};
 use crate::view::{Listing, View, ViewError};
@@ -51,6 +52,8 @@ pub(crate) struct Mount {
     pub(crate) updating: Mutex<()>,
     pub(crate) channel: Arc<Channel>,
     pub(crate) slow: SlowLane,
+    /// The record of unanswered requests, if the kernel does not repeat them.
+    pub(crate) journal: Option<Arc<Journal>>,
     ahead: FilesAhead,
     /// Whether a thread that reads the device gave up.
     pub(crate) is_ending: AtomicBool,
@@ -63,7 +66,7 @@ impl Mount {
         content: Content,
         settings: KernelSettings,
         agreement: Agreement,
-        state: Arc<SharedState>,
+        (state, journal): (Arc<SharedState>, Option<Arc<Journal>>),
         channel: Arc<Channel>,
     ) -> Mount {
         // What is fetched ahead is fetched in nobody's name.
@@ -83,6 +86,7 @@ impl Mount {
             channel,
             state,
             slow: SlowLane::default(),
+            journal,
             is_ending: AtomicBool::new(false),
             statfs: Mutex::default(),
         }

@@ -103,8 +103,8 @@ impl Handles {
     pub(crate) fn open(&self, node: u64, unique: u64, offer: &Offer<'_>) -> io::Result<(u64, Mode)> {
         let plain_unique = unique & !REPEAT_BIT;
         let mut table = self.lock();
-        if unique & REPEAT_BIT != 0
-            && let Some(slot) = table.by_unique.get(&plain_unique).copied()
+        // Numbers are never used again: one that is known comes a second time, whether the kernel says so or not.
+        if let Some(slot) = table.by_unique.get(&plain_unique).copied()
             && let Some(open) = self.state.slot(slot)
             && open.node == node
         {

@@ -10,6 +10,7 @@ use crate::dispatch::READERS;
 use crate::filesystem::Mount;
 use crate::protocol::handshake::{Agreement, HandshakeError, Offer, agreed_in, capability};
 use crate::shared_state::SharedState;
+use crate::shared_state::journal::Kept;
 use crate::test_fault;
 
 /// Why a worker cannot take the connection.
@@ -67,19 +68,31 @@ fn wanted(settings: &KernelSettings, asks_who_calls: bool) -> u64 {
     wanted
 }
 
-/// Serves requests until the mount is gone.
+/// Whether the kernel sends requests in flight again when it is asked to (Linux 6.9). Before INIT is answered there are
+/// none.
+pub(crate) fn repeats_requests(state: &SharedState) -> bool {
+    let offer = Offer::parse(&state.init(), test_fault::kernel_minor());
+    state.is_answered()
+        && offer.is_ok_and(|offer| agreed_in(&offer, &state.reply()).has(capability::HAS_RESEND))
+}
+
+/// Serves requests until the mount is gone, first those that predecessors `left`.
 ///
 /// # Errors
 /// If the device cannot be read any more, or threads cannot be started.
-pub(crate) fn run(mount: &Arc<Mount>) -> std::io::Result<()> {
+pub(crate) fn run(mount: &Arc<Mount>, left: Vec<Kept>) -> std::io::Result<()> {
     let named = |name: &str| std::thread::Builder::new().name(name.to_owned());
     mount.state.beat();
     let watched = mount.clone();
     let pulse = named("cvmfs-pulse").spawn(move || watched.keep_watch())?;
     let mut readers = Vec::new();
+    let mut left = Some(left);
     for reader in 0..READERS {
-        let mount = mount.clone();
-        readers.push(named("cvmfs-reader").spawn(move || mount.read_requests(reader))?);
+        let (mount, left) = (mount.clone(), left.take().unwrap_or_default());
+        readers.push(named("cvmfs-reader").spawn(move || {
+            mount.serve_left(reader, left);
+            mount.read_requests(reader)
+        })?);
     }
     let mut outcome = Ok(());
     for reader in readers {

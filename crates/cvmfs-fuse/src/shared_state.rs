@@ -1,9 +1,12 @@
 //! What successive workers of one mount share: the negotiated connection, the pinned
-//! revision, the attached catalogs, the table of open files, and what each thread is at.
+//! revision, the attached catalogs, the table of open files, what each thread is at, and, where the
+//! kernel does not repeat them, the requests that are not answered yet.
 //!
 //! It lives in a memory file that the supervisor holds. Every change is made so that a
 //! worker killed at any instruction leaves a table its successor can use: records are
 //! written first and made valid by one atomic store.
+
+pub(crate) mod journal;
 
 use std::collections::HashSet;
 use std::io;
@@ -18,7 +21,7 @@ use crate::protocol::REPEAT_BIT;
 use crate::syscall::SharedWords;
 
 /// Changes with the layout below, so that a worker of another program version notices.
-const LAYOUT_VERSION: u64 = 0x6376_6d66_7300_0002;
+const LAYOUT_VERSION: u64 = 0x6376_6d66_7300_0003;
 
 /// INIT is 104 bytes today and its reply 80; a page half leaves room for newer kernels.
 const MAX_INIT_BYTES: usize = 1024;
@@ -54,6 +57,7 @@ const PROFILE: usize = 11;
 const SUSPECTS_USED: usize = 12;
 /// How many of the recorded revisions the kernel was told of.
 const PINS_TOLD: usize = 13;
+const JOURNAL_USED: usize = 14;
 const PINS: usize = 16;
 const PIN_WORDS: usize = 8;
 /// Revisions that are remembered, the newest and those of files that are still open.
@@ -67,7 +71,14 @@ const LANE_TABLE: usize = SLOTS + MAX_OPEN_FILES * SLOT_WORDS;
 const LANE_WORDS: usize = 4;
 const SUSPECT_TABLE: usize = LANE_TABLE + LANES * LANE_WORDS;
 const SUSPECT_WORDS: usize = 2;
-const WORDS: usize = SUSPECT_TABLE + SUSPECTS * SUSPECT_WORDS;
+/// Where the threads that read the device read to, each as much as it reads at most.
+const READER_AREA: usize = SUSPECT_TABLE + SUSPECTS * SUSPECT_WORDS;
+const READER_WORDS: usize = crate::dispatch::LARGEST_MESSAGE / 8;
+/// Requests that wait for the network: as many as can be queued and worked on.
+const KEPT_AREA: usize = READER_AREA + crate::dispatch::READERS * READER_WORDS;
+const KEPT: usize = crate::slow_lane::MAX_QUEUED + 2 * LANES;
+const KEPT_WORDS: usize = 64;
+const WORDS: usize = KEPT_AREA + KEPT * KEPT_WORDS;
 
 /// The shared table. See the module documentation.
 #[derive(Debug)]

@@ -13,7 +13,7 @@ pub(crate) const MAX_THREADS: usize = 64;
 
 /// Requests that may wait for a thread. The kernel itself allows a mount about as many
 /// foreground requests as there are callers; beyond this they fail instead of piling up.
-const MAX_QUEUED: usize = 16_384;
+pub(crate) const MAX_QUEUED: usize = 16_384;
 
 /// How long an idle thread stays.
 const IDLE: Duration = Duration::from_secs(20);

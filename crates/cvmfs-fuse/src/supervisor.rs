@@ -30,7 +30,7 @@ use crate::syscall;
 use crate::test_fault;
 use crate::watchdog::{self, Hang, TICK, Watchdog};
 use child::{Signals, Wish, Worker};
-use device::answer_with_error;
+use device::{answer_left_with_error, answer_with_error};
 
 /// The worker verifies the repository in this time or the mount fails.
 const READY_TIMEOUT: Duration = Duration::from_secs(40);
@@ -287,13 +287,7 @@ impl Supervisor {
     /// A worker that has the connection; none if the supervisor shall end.
     fn successor(&mut self, pause: &mut Duration) -> Option<Worker> {
         let gap = Instant::now();
-        // After the death, before the successor reads: the kernel puts the requests that
-        // the dead worker held back into the queue. EINVAL: the kernel cannot (before 6.9).
-        if let Err(error) = notify::resend(&self.device) {
-            self.log(&format!(
-                "requests in flight are lost, their callers wait until the mount ends: {error}"
-            ));
-        }
+        self.have_requests_repeated();
         loop {
             if self.wait_between(*pause, gap) == Wish::End {
                 return None;
@@ -321,12 +315,25 @@ impl Supervisor {
         }
     }
 
+    /// After the death of a worker, before its successor reads: the kernel puts the requests that the dead one held
+    /// back into the queue. Where it cannot, the successor has their record.
+    fn have_requests_repeated(&self) {
+        if crate::session::repeats_requests(&self.state)
+            && let Err(error) = notify::resend(&self.device)
+        {
+            self.log(&format!(
+                "requests in flight are lost, their callers wait until the mount ends: {error}"
+            ));
+        }
+    }
+
     /// Waits while there is no worker. After [`LONGEST_GAP`] requests are answered with an error.
     fn wait_between(&self, pause: Duration, gap: Instant) -> Wish {
         let end = Instant::now() + pause;
         loop {
             let left = end.saturating_duration_since(Instant::now());
             let wish = if gap.elapsed() > LONGEST_GAP {
+                answer_left_with_error(&self.device, &self.state);
                 answer_with_error(&self.device, left, &self.signals)
             } else {
                 self.signals.wait(left)
@@ -359,9 +366,7 @@ impl Supervisor {
         old.kill();
         old.wait(DEATH_TIMEOUT);
         self.state.clear_worker();
-        if let Err(error) = notify::resend(&self.device) {
-            self.log(&format!("requests in flight are lost: {error}"));
-        }
+        self.have_requests_repeated();
         // If it ends now, that is noticed by whoever watches it.
         let _ = new.release();
         self.program = program;

@@ -173,6 +173,20 @@ impl SharedWords {
         // SAFETY: the index is inside the mapping, which is page aligned and lives as long as self.
         unsafe { &*self.base.add(index) }
     }
+
+    /// Reads a message from `device` into `words` words from `at` on; its length in bytes.
+    pub(crate) fn read_from(&self, device: BorrowedFd<'_>, at: usize, words: usize) -> io::Result<usize> {
+        assert!(
+            at <= self.words && words <= self.words - at,
+            "shared state {at} + {words} of {}",
+            self.words
+        );
+        // SAFETY: the kernel writes at most this many bytes, all inside the mapping, which is writable and lives as long
+        // as self. Each reading thread has words of its own, and whatever reads them meanwhile does so atomically.
+        let length =
+            unsafe { libc::read(device.as_raw_fd(), self.base.add(at).cast_mut().cast(), words * 8) };
+        usize::try_from(length).map_err(|_| io::Error::last_os_error())
+    }
 }
 
 impl Drop for SharedWords {

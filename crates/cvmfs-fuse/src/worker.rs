@@ -26,9 +26,11 @@ use crate::launch::{Assignment, MountFlags, MountRequest, Prepared, Report};
 use crate::logging;
 use crate::metrics::{MetricsListener, Telemetry};
 use crate::profile;
+use crate::protocol::handshake::capability;
 use crate::protocol::reply::Channel;
 use crate::session::{self, SessionError};
 use crate::shared_state::SharedState;
+use crate::shared_state::journal::Journal;
 use crate::syscall;
 use crate::view::View;
 
@@ -137,7 +139,15 @@ fn serve() -> Result<(), Failure> {
     let view = View::new(repository, request.layer_view, settings.parameters, presentation, state.clone());
     view.attach_again(has_open_files);
     let channel = Arc::new(Channel(device.try_clone()?));
-    let mount = Arc::new(Mount::new(view, content, settings.kernel, agreement, state, channel));
+    let (journal, left) = match agreement.has(capability::HAS_RESEND) {
+        true => (None, Vec::new()),
+        false => {
+            let (journal, left) = Journal::open(&state);
+            (Some(journal), left)
+        }
+    };
+    let mount = Mount::new(view, content, settings.kernel, agreement, (state, journal), channel);
+    let mount = Arc::new(mount);
     if let Some(pin) = mount.state.told_before() {
         tell_for_predecessor(&mount, device.try_clone()?, pin);
     }
@@ -151,7 +161,7 @@ fn serve() -> Result<(), Failure> {
         revision = mount.view.repository().snapshot().pinned().revision,
         "serving"
     );
-    let result = session::run(&mount);
+    let result = session::run(&mount, left);
     drop(stop);
     let _ = following.join();
     drop(observers);

@@ -15,6 +15,8 @@ pub(crate) struct Request<'a> {
     pub(crate) caller: Caller,
     /// What is asked.
     pub(crate) operation: Operation<'a>,
+    /// The whole message.
+    pub(crate) raw: &'a [u8],
 }
 
 /// What is asked.
@@ -184,7 +186,7 @@ pub(crate) fn parse(message: &[u8]) -> Result<Request<'_>, Malformed> {
     let end = (length as usize).checked_sub(usize::from(extensions) * 8).ok_or(malformed)?;
     let body = message.get(REQUEST_HEADER..end).ok_or(malformed)?;
     let operation = operation(number, Fields(body)).ok_or(malformed)?;
-    Ok(Request { unique, node, caller, operation })
+    Ok(Request { unique, node, caller, operation, raw: message })
 }
 
 /// The operation in the body of a request; `None` if the body is too short.

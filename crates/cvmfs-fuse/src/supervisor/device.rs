@@ -8,6 +8,7 @@ use rustix::event::{PollFd, PollFlags};
 use super::child::{Signals, Wish, poll_for};
 use crate::protocol::request::{self, opcode};
 use crate::protocol::{Fields, REPLY_HEADER};
+use crate::shared_state::SharedState;
 
 /// As the workers': the kernel refuses to read less than 8 KiB.
 const BUFFER: usize = 64 << 10;
@@ -31,6 +32,13 @@ pub(super) fn answer_with_error(device: &OwnedFd, time: Duration, signals: &Sign
         {
             let _ = rustix::io::write(device.as_fd(), &answer);
         }
+    }
+}
+
+/// Answers what a dead worker left with EIO, on a kernel that does not send it again.
+pub(super) fn answer_left_with_error(device: &OwnedFd, state: &SharedState) {
+    for answer in state.take_unanswered().iter().filter_map(|message| error_for(message)) {
+        let _ = rustix::io::write(device.as_fd(), &answer);
     }
 }
 

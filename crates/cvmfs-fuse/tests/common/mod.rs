@@ -93,6 +93,14 @@ pub fn mount_with(mounted: &Mounted, options: &str, environment: &[(&str, String
         .unwrap()
 }
 
+/// Whether this kernel lets reads pass through (Linux 6.9): the tests run on older ones, too.
+pub fn kernel_passes_through() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers =
+        release.split(|char: char| !char.is_ascii_digit()).filter_map(|part| part.parse::<u32>().ok());
+    (numbers.next(), numbers.next()) >= (Some(6), Some(9))
+}
+
 /// A time by which anything that happens at all has happened, on a busy machine too.
 pub const SOON: Duration = Duration::from_secs(30);
 
