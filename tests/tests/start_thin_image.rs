@@ -376,18 +376,30 @@ fn an_operator_sees_what_is_lazy_and_how_much_was_fetched() {
     // None of the plugin's processes can do what it does not need.
     let pids = testkit::managed_plugin::processes(docker);
     assert!(pids.len() >= 4, "keeper, server, supervisor and worker: {pids:?}");
+    let mut workers = 0;
     for pid in pids {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         let field =
             |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned();
         let capabilities = u64::from_str_radix(&field("CapBnd:"), 16).unwrap();
-        // chown, dac_override, fowner, fsetid, kill, sys_admin, sys_resource, mknod, setfcap
-        let needed = [0, 1, 3, 4, 5, 21, 24, 27, 31].iter().fold(0_u64, |sum, bit| sum | 1 << bit);
+        // chown, dac_override, fowner, fsetid, kill, setgid, setuid, sys_admin, sys_resource, mknod, setfcap
+        let needed = [0, 1, 3, 4, 5, 6, 7, 21, 24, 27, 31].iter().fold(0_u64, |sum, bit| sum | 1 << bit);
+        let identities = 1 << 6 | 1 << 7;
         assert_eq!(capabilities & !needed, 0, "{pid}: {capabilities:x}");
         assert_eq!(u64::from_str_radix(&field("CapEff:"), 16).unwrap() & !needed, 0, "{pid}");
+        let command = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap();
+        if command.contains("worker") {
+            workers += 1;
+            assert_eq!(
+                u64::from_str_radix(&field("CapPrm:"), 16).unwrap() & identities,
+                0,
+                "{pid}: {command}"
+            );
+        }
         assert_eq!(field("NoNewPrivs:"), "1", "{pid}");
         assert_eq!(field("Seccomp:"), "2", "{pid}: system calls are filtered");
     }
+    assert_eq!(workers, 1, "the worker cannot act as another user either");
     // The worker, who reads what the network says, finds no other files than its own.
     let modules = std::fs::read_to_string("/sys/kernel/security/lsm").unwrap_or_default();
     if modules.contains("landlock") {

@@ -83,6 +83,21 @@ impl Files {
     }
 }
 
+/// Gives up the right to act as other users, which whoever mounts for containers may need and a worker does not. Call
+/// it before there are other threads.
+///
+/// # Errors
+/// The kernel refuses.
+pub(crate) fn drop_identities() -> std::io::Result<()> {
+    use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+    let mut own = capabilities(None)?;
+    let dropped = CapabilitySet::SETUID | CapabilitySet::SETGID;
+    for set in [&mut own.effective, &mut own.permitted, &mut own.inheritable] {
+        set.remove(dropped);
+    }
+    Ok(set_capabilities(None, own)?)
+}
+
 /// The absolute paths in a value: one, or several in one of the forms of the configuration.
 fn named_paths(value: &str) -> impl Iterator<Item = PathBuf> {
     let words = value.split([':', ';', ',', '|', ' ']).map(|word| word.trim_start_matches("//"));

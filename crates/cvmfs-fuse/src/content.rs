@@ -88,6 +88,8 @@ pub(crate) struct Opened {
     pub(crate) mode: Mode,
     /// The publisher asks for reads past the page cache.
     pub(crate) is_direct: bool,
+    /// A worker before opened it for the same request.
+    pub(crate) is_repeated: bool,
 }
 
 impl Content {
@@ -106,11 +108,12 @@ impl Content {
         if entry.kind() != EntryKind::File {
             return Some(Err(ContentError::Unsupported("not a regular file")));
         }
+        let is_repeated = self.handles.knows(unique);
         if self.is_passthrough()
             && let Ok((handle, mode)) = self.handles.open(node.id, unique, &Offer::Nothing)
         {
             if mode != Mode::Plain {
-                return Some(Ok(Opened { handle, mode, is_direct: false }));
+                return Some(Ok(Opened { handle, mode, is_direct: false, is_repeated }));
             }
             // The source may be gone with a predecessor; the usual way finds it again.
             self.handles.release(handle);
@@ -147,6 +150,7 @@ impl Content {
             Some(file) if self.is_passthrough() => Offer::File(file),
             _ => Offer::PlainOnly,
         };
+        let is_repeated = self.handles.knows(unique);
         let (handle, mode) = match self.handles.open(node.id, unique, &offer) {
             Ok(opened) => opened,
             Err(error) if matches!(offer, Offer::File(_)) && error.raw_os_error() != Some(libc::ENFILE) => {
@@ -159,7 +163,7 @@ impl Content {
             self.plain().sources.entry(node.id).or_insert_with(|| (Arc::new(source), 0));
         }
         let is_direct = mode == Mode::Plain && node.located.entry.is_direct_io();
-        Ok(Opened { handle, mode, is_direct })
+        Ok(Opened { handle, mode, is_direct, is_repeated })
     }
 
     /// Reads up to `buffer.len()` bytes if that needs no fetch; fewer only at the end of the file.

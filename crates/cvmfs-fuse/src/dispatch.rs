@@ -17,7 +17,7 @@ use crate::in_flight::Ticket;
 use crate::protocol::REPEAT_BIT;
 use crate::protocol::reply::{Reply, send};
 use crate::protocol::request::{self, Operation, Request, opcode};
-use crate::shared_state::journal::Kept;
+use crate::shared_state::journal::Left;
 use crate::shared_state::{LANES, SharedState};
 use crate::slow_lane::MAX_THREADS;
 
@@ -75,12 +75,13 @@ impl Mount {
     }
 
     /// Serves what predecessors left unanswered, on a kernel that does not send it again.
-    pub(crate) fn serve_left(self: &Arc<Mount>, reader: usize, left: Vec<Kept>) {
+    pub(crate) fn serve_left(self: &Arc<Mount>, reader: usize, left: Vec<Left>) {
         if !left.is_empty() {
             tracing::info!(requests = left.len(), "answering what the worker before left unanswered");
         }
-        for kept in left {
-            self.serve_safely(reader, &kept.message());
+        for request in left {
+            self.serve_safely(reader, request.message());
+            request.done();
         }
     }
 
@@ -126,14 +127,13 @@ impl Mount {
             }
             _ => {}
         }
-        let is_repeated = request.unique & REPEAT_BIT != 0;
         if self.journal.is_some() {
             // The mark is ours: the kernel knows the request by its number alone.
             request.unique &= !REPEAT_BIT;
         }
         let _lane = Lane::enter(&self.state, reader, &request, number);
         let reply = Reply::new(&self.channel, request.unique);
-        if is_repeated {
+        if request.is_repeated {
             self.state.count_repeated();
             if self.state.deaths_at(request.unique) >= MOST_DEATHS {
                 self.statistics.count_refused();
@@ -299,10 +299,17 @@ impl Mount {
         mut reply: Reply,
         work: impl FnOnce(&Mount, Patience<'_>, Reply) + Send + 'static,
     ) -> Place {
-        let ticket = self.in_flight.admit(request.unique, number, request.node, request.caller, patience);
+        let kept = match &self.journal {
+            None => None,
+            Some(journal) => match journal.keep(request.raw) {
+                Some(kept) => Some(kept),
+                // It would be lost with this worker.
+                None => return self.here(reply, libc::EIO),
+            },
+        };
+        let ticket = self.in_flight.admit(&request, number, patience, kept);
         reply.share(&ticket);
-        let kept = self.journal.as_ref().and_then(|journal| journal.keep(request.raw));
-        let admitted = Admitted { mount: self.clone(), ticket, _kept: kept };
+        let admitted = Admitted { mount: self.clone(), ticket };
         let (unique, node) = (request.unique, request.node);
         let started = self.statistics.is_instrumented().then(Instant::now);
         self.slow.run(move |thread| {
@@ -344,7 +351,6 @@ enum Place {
 struct Admitted {
     mount: Arc<Mount>,
     ticket: Arc<Ticket>,
-    _kept: Option<Kept>,
 }
 
 impl Drop for Admitted {

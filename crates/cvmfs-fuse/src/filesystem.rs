@@ -215,6 +215,9 @@ impl Mount {
                 self.statistics.count_opened_file();
                 self.ahead.opened(&self.view, &self.content, node, missed);
             }
+            // Without the kernel's word that it wants the answer again, a worker before may have given it: then the file
+            // is open.
+            Sent::NotTaken if opened.is_repeated && self.journal.is_some() => {}
             // The caller has gone; the kernel will not release what it was not given.
             Sent::NotTaken => self.release(node.id, opened.handle),
         }

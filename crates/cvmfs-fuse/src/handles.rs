@@ -141,6 +141,11 @@ impl Handles {
         Ok((handle(slot, generation), mode))
     }
 
+    /// Whether the request `unique` was given a handle before.
+    pub(crate) fn knows(&self, unique: u64) -> bool {
+        self.lock().by_unique.contains_key(&(unique & !REPEAT_BIT))
+    }
+
     /// The mode in which `node` is open now.
     pub(crate) fn mode(&self, node: u64) -> Option<Mode> {
         self.lock().nodes.get(&node).map(|(mode, _)| *mode)

@@ -19,7 +19,8 @@ use std::time::{Duration, Instant};
 use cvmfs_client::deadline::{Deadline, Interrupt};
 
 use crate::protocol::reply::{Channel, send};
-use crate::protocol::request::{self, Caller};
+use crate::protocol::request::{self, Caller, Request};
+use crate::shared_state::journal::Kept;
 
 /// How much later than its deadline a request is answered in place of its work, which
 /// knows better what went wrong.
@@ -41,12 +42,19 @@ pub(crate) struct Ticket {
     is_answered: AtomicBool,
     /// A signal came that did not end the caller.
     is_signalled: AtomicBool,
+    /// Its record for a successor.
+    kept: Mutex<Option<Kept>>,
 }
 
 impl Ticket {
     /// Takes the right to answer; false if it was taken before.
     pub(crate) fn claim(&self) -> bool {
         !self.is_answered.swap(true, Ordering::AcqRel)
+    }
+
+    /// The answer was sent: no successor needs to give it.
+    pub(crate) fn settle(&self) {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
     /// Whether the request was answered.
@@ -89,12 +97,14 @@ impl InFlight {
     /// Registers a request that is going to wait.
     pub(crate) fn admit(
         &self,
-        unique: u64,
+        request: &Request<'_>,
         opcode: u32,
-        node: u64,
-        caller: Caller,
         patience: Duration,
+        kept: Option<Kept>,
     ) -> Arc<Ticket> {
+        let Request { unique, node, caller, .. } = *request;
+        // What a worker before knew of its caller's signals went with it.
+        let is_signalled = request.is_repeated && kept.is_some() && caller.pid != 0;
         let ticket = Arc::new(Ticket {
             unique,
             opcode,
@@ -104,7 +114,8 @@ impl InFlight {
             deadline: Deadline::after(patience),
             interrupt: Interrupt::new(),
             is_answered: AtomicBool::new(false),
-            is_signalled: AtomicBool::new(false),
+            is_signalled: AtomicBool::new(is_signalled),
+            kept: Mutex::new(kept),
         });
         self.lock().insert(unique, ticket.clone());
         let mut early = self.early.lock().unwrap_or_else(PoisonError::into_inner);
@@ -119,6 +130,7 @@ impl InFlight {
 
     /// The work of a request ended.
     pub(crate) fn finish(&self, ticket: &Ticket) {
+        ticket.settle();
         self.lock().remove(&ticket.unique);
     }
 
@@ -155,6 +167,7 @@ impl InFlight {
                     "request is over its deadline; its caller gets ETIMEDOUT"
                 );
                 let _ = send(&self.channel, ticket.unique, libc::ETIMEDOUT, &[]);
+                ticket.settle();
                 ticket.interrupt.raise();
             }
         }
@@ -188,6 +201,7 @@ impl InFlight {
         if ticket.claim() {
             self.interrupted.fetch_add(1, Ordering::Relaxed);
             let _ = send(&self.channel, ticket.unique, libc::EINTR, &[]);
+            ticket.settle();
             ticket.interrupt.raise();
         }
     }
@@ -226,6 +240,11 @@ mod tests {
     use super::*;
     use crate::protocol::reply::{Reply, Sent};
 
+    fn asked(unique: u64) -> Request<'static> {
+        let operation = request::Operation::Getattr;
+        Request { unique, node: 1, caller: NOBODY, operation, is_repeated: false, raw: &[] }
+    }
+
     const NOBODY: Caller = Caller { uid: 0, gid: 0, pid: 0 };
 
     fn pair() -> (Arc<Channel>, UnixDatagram) {
@@ -245,7 +264,7 @@ mod tests {
     fn row_66_an_interrupted_request_is_answered_at_once_and_only_once() {
         let (channel, kernel) = pair();
         let requests = InFlight::new(channel.clone());
-        let ticket = requests.admit(5, 14, 1, NOBODY, Duration::from_secs(30));
+        let ticket = requests.admit(&asked(5), 14, Duration::from_secs(30), None);
         let mut reply = Reply::new(&channel, 5);
         reply.share(&ticket);
         requests.interrupt(5);
@@ -265,7 +284,7 @@ mod tests {
         for other in 0..MAX_EARLY as u64 - 1 {
             requests.interrupt(1000 + other);
         }
-        let _ticket = requests.admit(6, 1, 1, NOBODY, Duration::from_secs(30));
+        let _ticket = requests.admit(&asked(6), 1, Duration::from_secs(30), None);
         assert_eq!(errno_of(&kernel), Some(libc::EINTR));
     }
 
@@ -273,7 +292,7 @@ mod tests {
     fn a_request_beyond_its_deadline_is_answered_whatever_its_work_does() {
         let (channel, kernel) = pair();
         let requests = InFlight::new(channel);
-        let mut late = requests.admit(7, 15, 1, NOBODY, Duration::ZERO);
+        let mut late = requests.admit(&asked(7), 15, Duration::ZERO, None);
         requests.sweep();
         assert_eq!(errno_of(&kernel), None, "the work has a moment to answer better");
         requests.finish(&late);

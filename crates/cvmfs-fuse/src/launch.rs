@@ -417,9 +417,7 @@ pub fn unmount_unused(mountpoint: &Path) -> Result<(), MountError> {
     }
 }
 
-/// Whether a worker serves this mount point. Asks the control socket, never the mount.
-pub fn is_alive(mountpoint: &Path) -> bool {
-    control::records().into_iter().any(|record| {
-        record.mountpoint == mountpoint && control::ping(&record.control, Duration::from_secs(2))
-    })
+/// Whether a worker serves the repository at this mount point. Asks the control socket, never the mount.
+pub fn is_alive(fqrn: &str, mountpoint: &Path) -> bool {
+    control::ping(&control::socket_path(fqrn, mountpoint), Duration::from_secs(2))
 }

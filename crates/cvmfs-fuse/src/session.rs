@@ -10,7 +10,7 @@ use crate::dispatch::READERS;
 use crate::filesystem::Mount;
 use crate::protocol::handshake::{Agreement, HandshakeError, Offer, agreed_in, capability};
 use crate::shared_state::SharedState;
-use crate::shared_state::journal::Kept;
+use crate::shared_state::journal::Left;
 use crate::test_fault;
 
 /// Why a worker cannot take the connection.
@@ -35,9 +35,21 @@ pub(crate) fn connect(
     if state.is_answered() {
         return Ok(agreed_in(&offer, &state.reply()));
     }
-    let (reply, agreement) = offer.answer(wanted(settings, asks_who_calls));
-    state.record_reply(&reply).map_err(SessionError::Answer)?;
-    rustix::io::write(device, &reply).map_err(|error| SessionError::Answer(error.into()))?;
+    let recorded = state.reply();
+    let (reply, agreement) = if recorded.is_empty() {
+        let (reply, agreement) = offer.answer(wanted(settings, asks_who_calls));
+        state.record_reply(&reply).map_err(SessionError::Answer)?;
+        (reply, agreement)
+    } else {
+        // A worker before recorded it and may have sent it: no other one will do.
+        let agreement = agreed_in(&offer, &recorded);
+        (recorded, agreement)
+    };
+    match rustix::io::write(device, &reply) {
+        // It had sent it.
+        Ok(_) | Err(rustix::io::Errno::NOENT) => {}
+        Err(error) => return Err(SessionError::Answer(error.into())),
+    }
     state.set_answered();
     Ok(agreement)
 }
@@ -80,7 +92,7 @@ pub(crate) fn repeats_requests(state: &SharedState) -> bool {
 ///
 /// # Errors
 /// If the device cannot be read any more, or threads cannot be started.
-pub(crate) fn run(mount: &Arc<Mount>, left: Vec<Kept>) -> std::io::Result<()> {
+pub(crate) fn run(mount: &Arc<Mount>, left: Vec<Left>) -> std::io::Result<()> {
     let named = |name: &str| std::thread::Builder::new().name(name.to_owned());
     mount.state.beat();
     let watched = mount.clone();

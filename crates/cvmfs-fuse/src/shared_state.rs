@@ -77,7 +77,8 @@ const READER_WORDS: usize = crate::dispatch::LARGEST_MESSAGE / 8;
 /// Requests that wait for the network: as many as can be queued and worked on.
 const KEPT_AREA: usize = READER_AREA + crate::dispatch::READERS * READER_WORDS;
 const KEPT: usize = crate::slow_lane::MAX_QUEUED + 2 * LANES;
-const KEPT_WORDS: usize = 64;
+/// The longest name that the kernel passes on, 1024 bytes, with its header.
+const KEPT_WORDS: usize = 136;
 const WORDS: usize = KEPT_AREA + KEPT * KEPT_WORDS;
 
 /// The shared table. See the module documentation.

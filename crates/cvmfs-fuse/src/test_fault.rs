@@ -1,7 +1,7 @@
 //! Faults on request, for the tests that show that a mount survives them.
 //!
 //! `CVMFS_FUSE_TEST_FAULT=FAULT:NAME` in the environment of the mount makes the look-up of
-//! NAME slow (five seconds on the slow lane), or hang, or kill the worker. `CVMFS_FUSE_TEST_KERNEL=MINOR` pretends an older kernel and
+//! NAME (or of what begins with it) slow (five seconds on the slow lane), or hang, or kill the worker. `CVMFS_FUSE_TEST_KERNEL=MINOR` pretends an older kernel and
 //! `CVMFS_FUSE_TEST_PATIENCE=SECONDS` shortens the watchdog's patience. Nobody else sets them.
 
 use std::sync::OnceLock;
@@ -29,6 +29,11 @@ pub(crate) fn is_slow(name: &[u8]) -> bool {
     fault_of(name) == Some("slow")
 }
 
+/// A fault that several requests have at once goes by the beginning of the name.
+fn concerns(fault: &str, wanted: &[u8], name: &[u8]) -> bool {
+    if fault == "slow" { name.starts_with(wanted) } else { name == wanted }
+}
+
 fn fault_of(name: &[u8]) -> Option<&'static str> {
     static FAULT: OnceLock<Option<(String, Vec<u8>)>> = OnceLock::new();
     let fault = FAULT.get_or_init(|| {
@@ -36,7 +41,7 @@ fn fault_of(name: &[u8]) -> Option<&'static str> {
         let (fault, name) = text.split_once(':')?;
         Some((fault.to_owned(), name.as_bytes().to_vec()))
     });
-    fault.as_ref().filter(|(_, wanted)| wanted == name).map(|(fault, _)| fault.as_str())
+    fault.as_ref().filter(|(fault, wanted)| concerns(fault, wanted, name)).map(|(fault, _)| fault.as_str())
 }
 
 /// The minor protocol version that the kernel is taken for.

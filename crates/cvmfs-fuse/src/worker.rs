@@ -220,6 +220,9 @@ fn load_settings(
 
 /// What parses the world's data gets no more files than it needs. A kernel that cannot do this is no reason not to mount.
 fn confine(request: &MountRequest, settings: &Settings) {
+    if let Err(error) = crate::confinement::drop_identities() {
+        tracing::warn!(decision = "confinement", %error, "the right to act as other users stays");
+    }
     let files = Files::of(request, &settings.config, &settings.client, &settings.observed);
     match files.confine() {
         Ok(()) => tracing::info!(

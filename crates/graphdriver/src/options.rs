@@ -236,11 +236,13 @@ fn bytes(key: &'static str, value: &str) -> Result<u64, OptionError> {
     let lower = value.to_ascii_lowercase();
     let text = lower.strip_suffix("ib").or(lower.strip_suffix('b')).unwrap_or(&lower).trim_end();
     let (number, shift) = match text.strip_suffix(['k', 'm', 'g', 't', 'p']) {
-        Some(number) => (number, 10 * (1 + "kmgtp".find(&text[number.len()..]).unwrap_or_default())),
+        Some(number) => {
+            (number.trim_end(), 10 * (1 + "kmgtp".find(&text[number.len()..]).unwrap_or_default()))
+        }
         None => (text, 0),
     };
     let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
-    let number: f64 = number.trim_end().parse().ok().filter(|_| is_number).ok_or_else(expected)?;
+    let number: f64 = number.parse().ok().filter(|_| is_number).ok_or_else(expected)?;
     let size = number * (1_u64 << shift) as f64;
     let is_sensible = (MIN_SIZE as f64..=MAX_SIZE as f64).contains(&size);
     if is_sensible { Ok(size as u64) } else { Err(expected()) }

@@ -36,6 +36,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, chown};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use overlay::mount::MAX_LOWERS;
 use overlay::quota::{ProjectQuotas, QuotaError};
@@ -67,8 +68,8 @@ pub enum Lower {
 pub struct LayerStore {
     home: PathBuf,
     owner: Owner,
-    /// Limits of containers' layers, where the file system has them.
-    quotas: Option<ProjectQuotas>,
+    /// Limits of containers' layers, once the file system is known to have them.
+    quotas: Mutex<Option<Arc<ProjectQuotas>>>,
 }
 
 /// Why the store cannot do what it is asked for.
@@ -157,12 +158,19 @@ impl LayerStore {
             make_directory(directory, 0o755, Owner::default())?;
         }
         make_directory(home, 0o710, Owner { uid: 0, gid: owner.gid })?;
-        let quotas =
-            ProjectQuotas::of(home).inspect_err(|error| tracing::debug!(%error, "no limits of containers"));
-        let store = Self { home: home.to_owned(), owner, quotas: quotas.ok() };
+        let store = Self { home: home.to_owned(), owner, quotas: Mutex::default() };
         store.make_private_directory(&home.join(link::LINK_DIRECTORY))?;
         store.delete_leftovers()?;
         Ok(store)
+    }
+
+    /// The quotas of the file system. What it lacks is looked for again: it may have been mounted anew.
+    fn quotas(&self) -> Result<Arc<ProjectQuotas>, QuotaError> {
+        let mut quotas = self.quotas.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*quotas {
+            Some(quotas) => Ok(quotas.clone()),
+            None => Ok(quotas.insert(Arc::new(ProjectQuotas::of(&self.home)?)).clone()),
+        }
     }
 
     /// The directory of the store.

@@ -2,7 +2,7 @@
 //!
 //! What a directory's subtree takes is counted under the number of a project, which files inherit from their directory.
 //! The numbers are found in the file system itself: one is free that has neither files nor limits. So nothing has to be
-//! remembered, and two engines on one file system do not get into each other's way.
+//! remembered. They begin where those of the engine's own driver and volumes, which count from 1, do not come.
 
 use std::fs::File;
 use std::io;
@@ -21,6 +21,8 @@ const BLOCK: u64 = 512;
 const FIELDS: u16 = 1 << 2 | 1 << 3;
 /// `FS_XFLAG_PROJINHERIT`: new files belong to their directory's project.
 const INHERITED: u32 = 0x200;
+/// Projects of layers begin so far behind that of the home.
+const FIRST: u32 = 1 << 30;
 /// So many projects are looked at for a free one.
 const MOST_TRIED: u32 = 1 << 20;
 
@@ -82,17 +84,19 @@ impl ProjectQuotas {
     /// each `home` a project: those of layers follow it.
     ///
     /// # Errors
-    /// [`QuotaError::NotSupported`].
+    /// [`QuotaError::NotSupported`], also if limits are not enforced.
     pub fn of(home: &Path) -> Result<ProjectQuotas, QuotaError> {
         let not_supported = |source| QuotaError::NotSupported { directory: home.to_owned(), source };
         let directory = open(home).map_err(QuotaError::failed("open", home))?;
         let own = sys::attributes(directory.as_fd()).map_err(not_supported)?.project;
-        let first = own.checked_add(1).ok_or_else(|| not_supported(io::ErrorKind::InvalidInput.into()))?;
-        // Setting no limit changes nothing, and tells whether limits can be set.
-        let quotas = ProjectQuotas { home: home.to_owned(), directory, first, next: Mutex::new(first) };
-        let free = quotas.free_project()?;
-        sys::set_project_quota(quotas.directory.as_fd(), free, limits(0)).map_err(not_supported)?;
-        Ok(quotas)
+        if !sys::enforces_project_quotas(directory.as_fd()).map_err(not_supported)? {
+            return Err(not_supported(io::Error::other(
+                "projects are counted there, but their limits not enforced",
+            )));
+        }
+        let first =
+            own.checked_add(FIRST).ok_or_else(|| not_supported(io::ErrorKind::InvalidInput.into()))?;
+        Ok(ProjectQuotas { home: home.to_owned(), directory, first, next: Mutex::new(first) })
     }
 
     /// From now on all that is created in these empty directories takes at most `bytes` of disk space together.
@@ -100,13 +104,9 @@ impl ProjectQuotas {
     /// # Errors
     /// [`QuotaError`]; a part of the directories may have the limit then.
     pub fn limit(&self, directories: &[&Path], bytes: u64) -> Result<(), QuotaError> {
-        // Until a directory has the project, it would be taken for free.
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         let project = self.free_from(*next)?;
-        sys::set_project_quota(self.directory.as_fd(), project, limits(bytes / BLOCK))
-            .map_err(QuotaError::failed("set a quota on the file system of", &self.home))?;
-        *next = project.checked_add(1).unwrap_or(self.first);
-        drop(next);
+        // The directories first: whoever removes them finds the limit to lift.
         for path in directories {
             let enter = || {
                 let directory = open(path)?;
@@ -117,6 +117,9 @@ impl ProjectQuotas {
             };
             enter().map_err(QuotaError::failed("set the project of", path))?;
         }
+        sys::set_project_quota(self.directory.as_fd(), project, limits(bytes / BLOCK))
+            .map_err(QuotaError::failed("set a quota on the file system of", &self.home))?;
+        *next = project.checked_add(1).unwrap_or(self.first);
         Ok(())
     }
 
@@ -132,17 +135,13 @@ impl ProjectQuotas {
         Some(quota.hard_blocks.saturating_mul(BLOCK)).filter(|bytes| *bytes > 0)
     }
 
-    /// Lifts the limit of a project whose files are gone, so that it is free again.
+    /// Lifts the limit of a project, which is free again when its files are gone.
     ///
     /// # Errors
     /// [`QuotaError::Failed`].
     pub fn release(&self, project: u32) -> Result<(), QuotaError> {
         sys::set_project_quota(self.directory.as_fd(), project, limits(0))
             .map_err(QuotaError::failed("lift a quota on the file system of", &self.home))
-    }
-
-    fn free_project(&self) -> Result<u32, QuotaError> {
-        self.free_from(*self.next.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn free_from(&self, start: u32) -> Result<u32, QuotaError> {

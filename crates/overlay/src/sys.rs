@@ -130,6 +130,10 @@ const _: () = assert!(size_of::<DiskQuota>() == 112);
 
 /// `QCMD(Q_XGETQUOTA, PRJQUOTA)`.
 const GET_PROJECT_QUOTA: libc::c_int = 0x0058_0302;
+/// `QCMD(Q_XGETQSTAT, PRJQUOTA)`.
+const GET_PROJECT_STATE: libc::c_int = 0x0058_0502;
+/// `FS_QUOTA_PDQ_ACCT` and `FS_QUOTA_PDQ_ENFD`: projects are counted, and their limits enforced.
+const PROJECTS_ENFORCED: u16 = 1 << 4 | 1 << 5;
 /// `QCMD(Q_XSETQLIM, PRJQUOTA)`.
 const SET_PROJECT_QUOTA: libc::c_int = 0x0058_0402;
 
@@ -137,6 +141,20 @@ const SET_PROJECT_QUOTA: libc::c_int = 0x0058_0402;
 pub(crate) fn project_quota(file: BorrowedFd<'_>, project: u32) -> std::io::Result<DiskQuota> {
     let mut quota = DiskQuota::default();
     quota_call(file, GET_PROJECT_QUOTA, project, &mut quota).map(|()| quota)
+}
+
+/// Whether limits of projects are enforced on the file system of `file`.
+pub(crate) fn enforces_project_quotas(file: BorrowedFd<'_>) -> std::io::Result<bool> {
+    // `struct fs_quota_stat` has 80 bytes: a version, and from byte 2 on the flags.
+    let mut state = [0_u8; 128];
+    // SAFETY: the kernel writes one structure of 80 bytes into the buffer, which is larger.
+    let result = unsafe {
+        libc::syscall(libc::SYS_quotactl_fd, file.as_raw_fd(), GET_PROJECT_STATE, 0, state.as_mut_ptr())
+    };
+    if result != 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(u16::from_ne_bytes([state[2], state[3]]) & PROJECTS_ENFORCED == PROJECTS_ENFORCED)
 }
 
 /// Sets those limits of a project that `quota.fields` names.

@@ -130,6 +130,12 @@ impl Authorization {
         if caller.is_superuser() {
             return Some(Ok(None));
         }
+        if caller.uid == u32::MAX || caller.gid == u32::MAX {
+            // Nor may a helper be asked about such a caller: it would take that for leave to act as its own user.
+            let reason = "the kernel does not say who asks: the repository was mounted before it was protected, and \
+                          must be mounted anew (CVMFS_FUSE_IDMAP)";
+            return Some(Err(Denial::Unknown(reason.to_owned())));
+        }
         let session = Session::of(caller)?;
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner).get(requirement, session, Instant::now())
     }

@@ -157,4 +157,9 @@ fn a_process_that_cannot_be_identified_is_denied() {
     assert!(
         authorization.check(b"test%x", nobody, soon()).unwrap_err().to_string().contains("PID namespace")
     );
+    // An id-mapped mount: the helper, which would allow it, is not asked.
+    for unknown in [caller(u32::MAX), Caller { gid: u32::MAX, ..caller(1000) }] {
+        let denial = authorization.check(b"test%x", unknown, soon()).unwrap_err().to_string();
+        assert!(denial.contains("must be mounted anew (CVMFS_FUSE_IDMAP)"), "{denial}");
+    }
 }

@@ -393,6 +393,8 @@ impl Connection {
         match (&self.stream).read(&mut received) {
             Ok(0) => self.phase = Phase::Over,
             Ok(length) => match Command::parse(received.get(..length).unwrap_or_default()) {
+                // Whoever starts a container waits for this one.
+                Ok(Command::Ping) => self.answer(b"pong\n".to_vec()),
                 Ok(command) => {
                     self.phase = Phase::Queued(command);
                     self.until = Instant::now() + QUEUE_PATIENCE;

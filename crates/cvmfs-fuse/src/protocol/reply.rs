@@ -126,7 +126,11 @@ impl Reply {
         {
             return Sent::NotTaken;
         }
-        send(&self.channel, self.unique, errno, body)
+        let sent = send(&self.channel, self.unique, errno, body);
+        if let Some(ticket) = &self.ticket {
+            ticket.settle();
+        }
+        sent
     }
 }
 

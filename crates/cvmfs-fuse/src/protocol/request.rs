@@ -2,7 +2,7 @@
 
 pub(crate) use cvmfs_client::authz::Caller;
 
-use super::{Fields, REQUEST_HEADER};
+use super::{Fields, REPEAT_BIT, REQUEST_HEADER};
 
 /// A request as it was read from the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,6 +15,8 @@ pub(crate) struct Request<'a> {
     pub(crate) caller: Caller,
     /// What is asked.
     pub(crate) operation: Operation<'a>,
+    /// Whether a worker before had it.
+    pub(crate) is_repeated: bool,
     /// The whole message.
     pub(crate) raw: &'a [u8],
 }
@@ -186,7 +188,8 @@ pub(crate) fn parse(message: &[u8]) -> Result<Request<'_>, Malformed> {
     let end = (length as usize).checked_sub(usize::from(extensions) * 8).ok_or(malformed)?;
     let body = message.get(REQUEST_HEADER..end).ok_or(malformed)?;
     let operation = operation(number, Fields(body)).ok_or(malformed)?;
-    Ok(Request { unique, node, caller, operation, raw: message })
+    let is_repeated = unique & REPEAT_BIT != 0;
+    Ok(Request { unique, node, caller, operation, is_repeated, raw: message })
 }
 
 /// The operation in the body of a request; `None` if the body is too short.

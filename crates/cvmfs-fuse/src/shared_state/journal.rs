@@ -4,10 +4,11 @@
 //! answers until the mount ends, so a worker's death must not take them along: there each request is read straight
 //! into the memory that workers share, and one that waits for the network is copied to a place of its own there before
 //! the next one is read. A successor answers what it finds. One that was answered just before the death is answered
-//! twice, which the kernel ignores.
+//! twice: the kernel does not take the second answer, and what was opened for the first stays open.
 
 use std::collections::HashSet;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -36,26 +37,38 @@ pub(crate) struct Kept {
     place: usize,
 }
 
+/// A request that predecessors left. Dropped before it is answered it is left to a successor.
+#[derive(Debug)]
+pub(crate) struct Left {
+    /// Marked as one that comes again.
+    message: Vec<u8>,
+    kept: Option<ManuallyDrop<Kept>>,
+}
+
 impl Journal {
     /// The record, and what predecessors left unanswered, in the kernel's order. To be called before a thread reads.
-    pub(crate) fn open(state: &Arc<SharedState>) -> (Arc<Journal>, Vec<Kept>) {
+    pub(crate) fn open(state: &Arc<SharedState>) -> (Arc<Journal>, Vec<Left>) {
         let used = state.kept_used();
         let (taken, free): (Vec<usize>, Vec<usize>) =
             (0..used).partition(|place| state.message_at(at(*place), KEPT_WORDS).is_some());
         let journal = Arc::new(Journal { state: state.clone(), free: Mutex::new(free) });
         let of_journal = |place| Kept { journal: journal.clone(), place };
-        let mut left: Vec<Kept> = taken.into_iter().map(of_journal).collect();
+        let mut found: Vec<(Vec<u8>, Option<Kept>)> =
+            taken.into_iter().map(of_journal).map(|kept| (kept.message(), Some(kept))).collect();
         for reader in 0..READERS {
-            // Kept before its buffer is used again, so that it outlives this worker, too.
-            let message = state.message_at(of_reader(reader), READER_WORDS);
-            left.extend(message.and_then(|message| journal.keep(&message)));
+            if let Some(message) = state.message_at(of_reader(reader), READER_WORDS) {
+                // Kept before its buffer is used again, so that it outlives this worker, too.
+                let kept = journal.keep(&message);
+                found.push((message, kept));
+            }
             for page in (0..READER_WORDS).step_by(PAGE_WORDS) {
                 state.word(of_reader(reader) + page).store(0, SeqCst);
             }
         }
         let mut seen = HashSet::new();
-        left.sort_by_key(Kept::unique);
-        left.retain(|kept| seen.insert(kept.unique()));
+        found.sort_by_key(|(message, _)| unique_of(message));
+        found.retain(|(message, _)| seen.insert(unique_of(message)));
+        let left = found.into_iter().map(|(message, kept)| Left::new(message, kept)).collect();
         (journal, left)
     }
 
@@ -100,18 +113,34 @@ impl Journal {
 }
 
 impl Kept {
-    /// The request, marked as one that comes again.
-    pub(crate) fn message(&self) -> Vec<u8> {
-        let mut message = self.journal.state.message_at(at(self.place), KEPT_WORDS).unwrap_or_default();
+    fn message(&self) -> Vec<u8> {
+        self.journal.state.message_at(at(self.place), KEPT_WORDS).unwrap_or_default()
+    }
+}
+
+impl Left {
+    fn new(mut message: Vec<u8>, kept: Option<Kept>) -> Left {
+        let unique = unique_of(&message) | REPEAT_BIT;
         if let Some(bytes) = message.get_mut(UNIQUE) {
-            bytes.copy_from_slice(&(self.unique() | REPEAT_BIT).to_ne_bytes());
+            bytes.copy_from_slice(&unique.to_ne_bytes());
         }
-        message
+        Left { message, kept: kept.map(ManuallyDrop::new) }
     }
 
-    fn unique(&self) -> u64 {
-        self.journal.state.word(at(self.place) + 1).load(Relaxed)
+    /// The request, marked as one that comes again.
+    pub(crate) fn message(&self) -> &[u8] {
+        &self.message
     }
+
+    /// It is answered now, or kept anew.
+    pub(crate) fn done(self) {
+        drop(self.kept.map(ManuallyDrop::into_inner));
+    }
+}
+
+fn unique_of(message: &[u8]) -> u64 {
+    let bytes = message.get(UNIQUE).and_then(|bytes| bytes.try_into().ok());
+    bytes.map_or(0, u64::from_ne_bytes) & !REPEAT_BIT
 }
 
 impl Drop for Kept {
@@ -175,8 +204,8 @@ mod tests {
         Arc::new(SharedState::map(memory.as_fd()).unwrap())
     }
 
-    fn numbers(left: &[Kept]) -> Vec<u64> {
-        left.iter().map(Kept::unique).collect()
+    fn numbers(left: &[Left]) -> Vec<u64> {
+        left.iter().map(|left| unique_of(left.message())).collect()
     }
 
     #[test]
@@ -203,16 +232,17 @@ mod tests {
         // The others were answered when they were dropped; what was being read and handled is left.
         let (second, left) = Journal::open(&state);
         assert_eq!(numbers(&left), [6, 9], "the last message of reader 0 is in its buffer still");
-        std::mem::forget(left);
+        // This worker does not come to answer them.
+        drop(left);
         read(&second, 0, 11, opcode::GETATTR);
         std::mem::forget(second.keep(&read(&second, 1, 12, opcode::GETXATTR)));
         let (third, left) = Journal::open(&state);
         assert_eq!(numbers(&left), [6, 9, 11, 12], "each once");
-        let again = left[0].message();
+        let again = left[0].message().to_vec();
         assert_eq!(again[8..16], (6 | REPEAT_BIT).to_ne_bytes());
         assert_eq!(again[40..], *b"name\0");
         let places = state.kept_used();
-        drop(left);
+        left.into_iter().for_each(Left::done);
         for unique in 0..1000 {
             drop(third.keep(&message(opcode::LOOKUP, unique, 5, b"name\0")));
         }
@@ -225,7 +255,7 @@ mod tests {
         let state = state();
         let (journal, _) = Journal::open(&state);
         std::mem::forget(journal.keep(&message(opcode::OPEN, 3, 5, &[0; 8])));
-        assert!(journal.keep(&message(opcode::LOOKUP, 4, 5, &[1; 600])).is_none(), "no request is so long");
+        assert!(journal.keep(&message(opcode::LOOKUP, 4, 5, &[1; 1100])).is_none(), "no name is so long");
         let taken = state.take_unanswered();
         assert_eq!((taken.len(), request::opcode_of(&taken[0])), (1, opcode::OPEN));
         assert!(state.take_unanswered().is_empty());

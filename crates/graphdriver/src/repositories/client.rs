@@ -112,7 +112,7 @@ impl ClientMounts {
 impl RepositoryMounts for ClientMounts {
     fn ensure(&self, fqrn: &Fqrn, timeout: Duration) -> Result<PathBuf, RepositoryError> {
         let mountpoint = self.mountpoint(fqrn);
-        if mounts::is_mounted(&mountpoint) && cvmfs_fuse::is_alive(&mountpoint) {
+        if mounts::is_mounted(&mountpoint) && cvmfs_fuse::is_alive(fqrn.as_str(), &mountpoint) {
             return Ok(mountpoint);
         }
         for directory in [&mountpoint, &self.options.cache] {
@@ -166,7 +166,7 @@ impl RepositoryMounts for ClientMounts {
     fn recover(&self) {
         for fqrn in self.mounted() {
             let mountpoint = self.mountpoint(&fqrn);
-            if cvmfs_fuse::is_alive(&mountpoint) {
+            if cvmfs_fuse::is_alive(fqrn.as_str(), &mountpoint) {
                 tracing::info!(%fqrn, "repository is still mounted");
                 continue;
             }

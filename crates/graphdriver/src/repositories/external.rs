@@ -141,7 +141,9 @@ impl RepositoryMounts for ExternalMounts {
     }
 
     fn is_mounted(&self, fqrn: &Fqrn) -> bool {
-        mounts::is_mounted(&self.mountpoint(fqrn))
+        let mapped =
+            || self.mapped.as_ref().is_some_and(|mapped| mounts::is_mounted(&mapped.mountpoint(fqrn)));
+        mounts::is_mounted(&self.mountpoint(fqrn)) || mapped()
     }
 
     fn status(&self) -> Vec<RepositoryStatus> {
@@ -202,8 +204,9 @@ mod tests {
         assert_eq!(ensure().unwrap(), found, "mounted once");
         assert!(external.is_mounted(&fqrn()) && external.mounted() == [fqrn()]);
 
-        // The host mounts something else: that is what is shown then, mapped or not.
+        // What containers still use is there, whatever the host does; and it shows what it mounts next, mapped or not.
         mounts::unmount_all(&mountpoint).unwrap();
+        assert!(external.is_mounted(&fqrn()));
         mount("none", &mountpoint, "proc", MountFlags::empty(), None).unwrap();
         assert_eq!(ensure().unwrap(), mountpoint);
         assert!(external.mounted().is_empty());

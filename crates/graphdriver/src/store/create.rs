@@ -5,7 +5,6 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use overlay::mount::MAX_LOWERS;
-use overlay::quota::ProjectQuotas;
 
 use super::link::LinkName;
 use super::{LayerStore, Lower, StoreError, make_directory};
@@ -81,17 +80,9 @@ impl LayerStore {
         if let Some(size) = new.size {
             // Files move from one to the other, which must not cross projects.
             let directories = if parent.is_some() { &[diff.as_path(), &work][..] } else { &[diff.as_path()] };
-            self.limit(directories, size)?;
+            self.quotas()?.limit(directories, size)?;
         }
         link.create(self.home(), &Lower::Layer(id.clone()))
-    }
-
-    fn limit(&self, directories: &[&Path], size: u64) -> Result<(), StoreError> {
-        match &self.quotas {
-            Some(quotas) => Ok(quotas.limit(directories, size)?),
-            // The file system may have been mounted with quotas since; else this says what it lacks.
-            None => Ok(ProjectQuotas::of(self.home())?.limit(directories, size)?),
-        }
     }
 
     /// Fails unless containers can have limits.
@@ -99,10 +90,7 @@ impl LayerStore {
     /// # Errors
     /// [`StoreError::Limit`].
     pub fn check_limits(&self) -> Result<(), StoreError> {
-        match &self.quotas {
-            Some(_) => Ok(()),
-            None => Ok(ProjectQuotas::of(self.home()).map(drop)?),
-        }
+        Ok(self.quotas().map(drop)?)
     }
 
     /// From now on the layer is mounted read-only.

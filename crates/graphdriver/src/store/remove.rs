@@ -38,16 +38,14 @@ impl LayerStore {
             let names = read_small(&directory.join(file))?.unwrap_or_default();
             names.lines().filter_map(LinkName::parse).try_for_each(|link| link.remove(self.home()))?;
         }
-        let limited = self
-            .quotas
-            .as_ref()
-            .and_then(|quotas| Some((quotas, quotas.project_of(&directory.join("diff"))?)));
-        overlay::tree::remove(directory)?;
-        if let Some((quotas, project)) = limited
+        // Before its files, which show the number.
+        if let Ok(quotas) = self.quotas()
+            && let Some(project) = quotas.project_of(&directory.join("diff"))
             && let Err(error) = quotas.release(project)
         {
             tracing::warn!(directory = %directory.display(), %error, "the limit of a removed layer stays");
         }
+        overlay::tree::remove(directory)?;
         Ok(())
     }
 
